@@ -1,0 +1,37 @@
+# `make play` and `make test` need Python 3.11 or later, git and make; all else goes into .venv.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt
+
+.PHONY: play test lint notebooks clean
+
+play: $(VENV)/.installed-play
+	$(VENV)/bin/kvjax play
+
+test: lint
+	$(VENV)/bin/python -m pytest
+
+lint: $(VENV)/.installed-test
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"kvjax needs Python 3.11 or later, got {sys.version}"'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed-play: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "installing kvjax into $(VENV) (a minute or two, once)"
+	$(PIP) -e '.[gif]'
+	@touch $@
+
+# torch comes first and pinned, so that no other package chooses a build of it.
+$(VENV)/.installed-test: $(VENV)/.installed-play
+	@echo "installing what the tests need into $(VENV) (torch and LightZero among it, once)"
+	$(PIP) torch==2.13.0
+	$(PIP) -e '.[gif,test,torch,lightzero]'
+	$(PIP) --no-deps lightzero DI-engine DI-treetensor DI-toolkit
+	@touch $@
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,46 @@
+"""Timing in turn, and what was timed on."""
+
+import importlib.metadata
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+_PACKAGES = ("kvjax", "jax", "jaxlib", "flax", "mctx", "numpy", "torch", "LightZero")
+
+
+def medians_in_turn(
+    candidates: Mapping[str, Callable[[], None]], *, repeats: int, warmup: int = 2
+) -> dict[str, float]:
+    """Median milliseconds of each candidate, run one after the other, round by round.
+
+    A drift of the machine's speed then meets all of them alike. Candidates must block until their
+    work is done.
+    """
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for turn in range(warmup + repeats):
+        for name, run in candidates.items():
+            started = time.perf_counter()
+            run()
+            if turn >= warmup:
+                times[name].append(time.perf_counter() - started)
+    return {name: 1e3 * float(np.median(taken)) for name, taken in times.items()}
+
+
+def machine() -> dict[str, Any]:
+    """The hardware as far as it matters to a ratio."""
+    return {"platform": platform.platform(), "cpus": os.cpu_count(), "arch": platform.machine()}
+
+
+def versions() -> dict[str, str]:
+    """Versions of what was measured; packages that are not installed are left out."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

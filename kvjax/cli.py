@@ -1,0 +1,237 @@
+"""The `kvjax` command: results on standard output, progress and messages on standard error."""
+
+import argparse
+import dataclasses
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from kvjax import checkpoint
+from kvjax.checkpoint import Checkpoint
+from kvjax.config import EnvironmentConfig, SearchConfig
+
+DEFAULT_AGENT = "cartpole_masked"
+
+_USER_ERRORS = (ValueError, OSError, ImportError)
+_BAD_INPUT = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code, 0 only on success."""
+    args = _parser().parse_args(argv)
+    logging.getLogger("jax").setLevel(logging.ERROR)
+    try:
+        return int(args.run(args))
+    except _USER_ERRORS as error:
+        print(f"kvjax {args.command}: {error}", file=sys.stderr)
+        return _BAD_INPUT
+    except KeyboardInterrupt:
+        print(f"kvjax {args.command}: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="kvjax", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    play = _command(commands, "play", _play, "play episodes with a trained agent")
+    play.add_argument(
+        "checkpoint",
+        nargs="?",
+        default=DEFAULT_AGENT,
+        help=f"a shipped agent ({', '.join(checkpoint.shipped())}), a .safetensors file or a"
+        " LightZero .pth.tar file",
+    )
+    _add_model_options(play)
+    play.add_argument("--episodes", type=int, default=8)
+    play.add_argument("--simulations", type=int, default=SearchConfig().num_simulations)
+    play.add_argument("--seed", type=int, default=0, help="episode i is reset with seed + i")
+    play.add_argument(
+        "--no-context", action="store_true", help="push every step as an episode's first"
+    )
+    play.add_argument("--gif", metavar="PATH", help="write the first episode as an animation")
+
+    verify = _command(commands, "verify", _verify, "replay a recorded LightZero trace")
+    verify.add_argument("trace", metavar="TRACE.npz")
+    verify.add_argument("--route", choices=("tree",), default="tree")
+    verify.add_argument("--tolerance", type=float, default=1e-4, help="largest absolute error")
+
+    convert = _command(commands, "convert", _convert, "write a LightZero checkpoint as safetensors")
+    convert.add_argument("checkpoint", metavar="CKPT")
+    convert.add_argument("output", metavar="OUT.safetensors")
+    _add_model_options(convert)
+
+    bench = _command(commands, "bench", _bench, "measure speed as ratios in one run")
+    bench.add_argument("what", choices=("search",))
+    bench.add_argument("--only", default="", metavar="SUBSTRING", help="e.g. embed=64,envs=8")
+    return parser
+
+
+def _command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], int], text: str
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    model = parser.add_argument_group("what a LightZero file does not tell")
+    model.add_argument("--num-heads", type=int)
+    model.add_argument("--context-length", type=int, help="tokens")
+    model.add_argument("--env", help="Gymnasium environment")
+    model.add_argument(
+        "--observation-scale", type=_numbers, metavar="X,X,...", help="factors of the observation"
+    )
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in text.split(","))
+
+
+def _read_agent(args: argparse.Namespace) -> tuple[Checkpoint, tuple[str, ...]]:
+    """Reads a shipped, kvjax or LightZero checkpoint; also names the tensors left out."""
+    source = checkpoint.shipped().get(args.checkpoint, Path(args.checkpoint))
+    given = {"num_heads": args.num_heads, "context_length": args.context_length}
+    ignored: tuple[str, ...] = ()
+    if source.suffix == checkpoint.SUFFIX:
+        agent = checkpoint.load(source)
+        for name, value in given.items():
+            stored = getattr(agent.config, name)
+            if value not in (None, stored):
+                raise ValueError(f"{source} was converted with {name} {stored}, got {value}")
+    else:
+        from kvjax.lightzero.checkpoint import read
+
+        imported = read(source, **given)
+        agent, ignored = Checkpoint(imported.config, imported.params), imported.ignored
+    return dataclasses.replace(agent, environment=_environment(args, agent)), ignored
+
+
+def _environment(args: argparse.Namespace, agent: Checkpoint) -> EnvironmentConfig | None:
+    """What the checkpoint says of its environment, options first."""
+    stored = agent.environment
+    if args.env is None and stored is None:
+        if args.observation_scale is not None:
+            raise ValueError("--observation-scale needs --env")
+        return None
+    env_id = args.env or (stored.env_id if stored else "")
+    scale = args.observation_scale
+    if scale is None and stored is not None and env_id == stored.env_id:
+        scale = stored.observation_scale
+    return EnvironmentConfig(env_id, scale)
+
+
+def _play(args: argparse.Namespace) -> int:
+    from kvjax.play import Status, play
+
+    agent, _ = _read_agent(args)
+    search_config = SearchConfig(num_simulations=args.simulations)
+    with _progress_bar("compiling") as bar:
+        task = bar.add_task("compiling", total=1.0)
+
+        def show(status: Status) -> None:
+            mean = f", mean return {status.mean_return:.1f}" if status.finished else ""
+            text = f"{status.finished}/{args.episodes} episodes, {status.steps} steps{mean}"
+            bar.update(task, completed=status.fraction, description=text)
+
+        summary = play(
+            agent,
+            episodes=args.episodes,
+            search_config=search_config,
+            seed=args.seed,
+            keep_context=not args.no_context,
+            gif_path=args.gif,
+            progress=show,
+        )
+    if args.json:
+        _print_json(dataclasses.asdict(summary))
+        return 0
+    _print_table(
+        "kvjax play",
+        {
+            "returns": " ".join(f"{score:g}" for score in summary.returns),
+            "mean return": f"{summary.mean_return:.1f}",
+            "steps": str(summary.steps),
+            "searches per second": f"{summary.searches_per_second:.0f}"
+            f" ({args.simulations} simulations each)",
+            "compile time": f"{summary.compile_seconds:.1f} s",
+            "whole run": f"{summary.seconds:.1f} s",
+        }
+        | ({"animation": args.gif} if args.gif else {}),
+    )
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from kvjax.verify import verify
+
+    report = verify(args.trace, tolerance=args.tolerance)
+    if args.json:
+        _print_json(report.as_json())
+    else:
+        rows = {name: f"{error:.2e}" for name, error in report.max_abs_error.items()}
+        rows["length mismatches"] = str(report.length_mismatches)
+        rows["steps, simulations"] = f"{report.steps}, {report.simulations}"
+        rows["verdict"] = f"{'within' if report.ok else 'NOT within'} {args.tolerance:g}"
+        _print_table(f"kvjax verify {Path(args.trace).name}: largest absolute error", rows)
+    return 0 if report.ok else 1
+
+
+def _convert(args: argparse.Namespace) -> int:
+    agent, ignored = _read_agent(args)
+    checkpoint.save(args.output, agent)
+    if args.json:
+        config = dataclasses.asdict(agent.config)
+        _print_json({"output": args.output, "config": config, "ignored": ignored})
+    else:
+        print(f"{args.output}: {agent.config}")
+        print(f"left out, inference does not read them: {', '.join(ignored) or 'nothing'}")
+    return 0
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from kvjax.bench import search as bench_search
+
+    with _progress_bar("measuring") as bar:
+        task = bar.add_task("measuring", total=1.0)
+        result = bench_search.run(
+            only=args.only,
+            progress=lambda fraction, text: bar.update(task, completed=fraction, description=text),
+        )
+    if args.json:
+        _print_json(result)
+    else:
+        for row in result["rows"]:
+            cells = {k: f"{v:.3g}" if isinstance(v, float) else str(v) for k, v in row.items()}
+            _print_table("kvjax bench search", cells)
+    return 0
+
+
+def _progress_bar(description: str) -> Progress:
+    del description
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=Console(stderr=True))
+
+
+def _print_json(content: dict[str, Any]) -> None:
+    print(json.dumps(content, allow_nan=False))
+
+
+def _print_table(title: str, rows: dict[str, str]) -> None:
+    table = Table(title=title, title_justify="left", show_header=False)
+    for name, value in rows.items():
+        table.add_row(name, value)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,199 @@
+"""Static, hashable, validated configuration. What varies per call is an array."""
+
+import dataclasses
+from typing import Any, Literal
+
+BLOCK = 2
+"""Tokens per environment step: one observation token and one action token."""
+
+MIN_CONTEXT = 2 * BLOCK
+"""The smallest context that still holds a block after a slide."""
+
+DTYPES = ("float32", "bfloat16")
+
+Layout = Literal["0.2.0", "main"]
+Norm = Literal["simnorm", "layernorm"]
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _require_positive(owner: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        _require(is_count, f"{name} must be a positive integer, got {value!r}")
+
+
+def _require_one_of(owner: Any, name: str, allowed: tuple[str, ...]) -> None:
+    value = getattr(owner, name)
+    _require(value in allowed, f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class WindowConfig:
+    """Shape of one context window of key/value tokens.
+
+    Raises:
+      ValueError: a size is not a positive integer, `context_length` is odd or below 4, or the
+        dtype is neither float32 nor bfloat16.
+    """
+
+    context_length: int  # C, tokens
+    num_layers: int  # L
+    num_heads: int  # H
+    head_dim: int  # D
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "context_length", "num_layers", "num_heads", "head_dim")
+        length = self.context_length
+        _require(
+            length % BLOCK == 0,
+            f"context_length must be even (blocks of {BLOCK} tokens), got {length}: an odd window"
+            " loses its newest observation when it slides",
+        )
+        _require(
+            length >= MIN_CONTEXT,
+            f"context_length must be at least {MIN_CONTEXT}, got {length}: a shorter window keeps"
+            " nothing between steps",
+        )
+        _require_one_of(self, "dtype", DTYPES)
+
+    @property
+    def full_length(self) -> int:
+        """Length C-1 in tokens at which a window slides."""
+        return self.context_length - 1
+
+    @property
+    def kept_length(self) -> int:
+        """Length C-3 in tokens after a slide: the longest window that is ever stored."""
+        return self.full_length - BLOCK
+
+    @property
+    def token_shape(self) -> tuple[int, int, int, int]:
+        """Shape [L, 2, H, D] of one token's keys and values."""
+        return self.num_layers, 2, self.num_heads, self.head_dim
+
+
+@dataclasses.dataclass(frozen=True)
+class WorldModelConfig:
+    """Shape and variant of a UniZero world model with learned absolute positions.
+
+    `observation_size` None means that the model has no encoder: observations are latents.
+    `layout` names the release whose heads the model has; `encoder_norm` and `latent_norm` say how
+    the encoder and the observation head end.
+
+    Raises:
+      ValueError: a size is not positive, heads do not divide the width, the SimNorm groups do not
+        divide the width, the support is empty, or the window is invalid (see `WindowConfig`).
+    """
+
+    embed_dim: int  # E
+    num_layers: int  # L
+    num_heads: int  # H
+    num_actions: int  # A
+    context_length: int  # C, tokens
+    max_tokens: int  # rows of the learned position table
+    observation_size: int | None = None
+    support: tuple[int, int] = (-50, 50)  # first and last bin, S = last - first + 1 bins
+    layout: Layout = "0.2.0"
+    encoder_norm: Norm = "simnorm"
+    latent_norm: Norm = "simnorm"
+    simnorm_group: int = 8
+    dtype: str = "float32"  # of the stored window
+
+    def __post_init__(self) -> None:
+        sizes = ("embed_dim", "num_layers", "num_heads", "num_actions", "max_tokens")
+        _require_positive(self, *sizes, "simnorm_group")
+        _require(
+            self.embed_dim % self.num_heads == 0,
+            f"num_heads must divide embed_dim {self.embed_dim}, got {self.num_heads}",
+        )
+        if self.observation_size is not None:
+            _require_positive(self, "observation_size")
+        first, last = self.support
+        _require(first < last, f"support must be (first, last), first < last, got {first, last}")
+        _require_one_of(self, "layout", ("0.2.0", "main"))
+        for name in ("encoder_norm", "latent_norm"):
+            _require_one_of(self, name, ("simnorm", "layernorm"))
+        _require(
+            "simnorm" not in (self.encoder_norm, self.latent_norm)
+            or self.embed_dim % self.simnorm_group == 0,
+            f"simnorm_group must divide embed_dim {self.embed_dim}, got {self.simnorm_group}",
+        )
+        _ = self.window  # validates the window's own rules
+
+    @property
+    def window(self) -> WindowConfig:
+        """The window that this model reads and extends."""
+        head_dim = self.embed_dim // self.num_heads
+        return WindowConfig(
+            self.context_length, self.num_layers, self.num_heads, head_dim, self.dtype
+        )
+
+    @property
+    def support_size(self) -> int:
+        """Number of bins S of the reward and value supports."""
+        return self.support[1] - self.support[0] + 1
+
+    @property
+    def latent_shape(self) -> tuple[int]:
+        """Shape [E] of one latent state."""
+        return (self.embed_dim,)
+
+    @property
+    def observation_shape(self) -> tuple[int]:
+        """Shape of one observation: [observation_size], or [E] for a model without encoder."""
+        return (self.observation_size or self.embed_dim,)
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchConfig:
+    """How a search walks and chooses.
+
+    `temperature` 0 takes the most visited action, the first one on ties; above 0 it samples
+    proportionally to `visits ** (1 / temperature)`. `noise_fraction` 0 means no root noise.
+
+    Raises:
+      ValueError: a value lies outside its range.
+    """
+
+    num_simulations: int = 25
+    discount: float = 0.997
+    noise_fraction: float = 0.0
+    dirichlet_alpha: float = 0.3
+    temperature: float = 0.0
+    pb_c_init: float = 1.25
+    pb_c_base: float = 19652.0
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "num_simulations")
+        _require(0.0 < self.discount <= 1.0, f"discount must be in (0, 1], got {self.discount}")
+        fraction = self.noise_fraction
+        _require(0.0 <= fraction <= 1.0, f"noise_fraction must be in [0, 1], got {fraction}")
+        alpha, base = self.dirichlet_alpha, self.pb_c_base
+        _require(alpha > 0.0, f"dirichlet_alpha must be above 0, got {alpha}")
+        _require(base > 0.0, f"pb_c_base must be above 0, got {base}")
+        temperature = self.temperature
+        _require(temperature >= 0.0, f"temperature must be at least 0, got {temperature}")
+
+
+@dataclasses.dataclass(frozen=True)
+class EnvironmentConfig:
+    """The Gymnasium environment that an agent was trained in, and what it saw of it.
+
+    Raises:
+      ValueError: the identifier is empty or the scale is no tuple of numbers.
+    """
+
+    env_id: str
+    observation_scale: tuple[float, ...] | None = None  # factor per entry; None leaves it as it is
+
+    def __post_init__(self) -> None:
+        _require(bool(self.env_id), "env_id must name a Gymnasium environment, got ''")
+        scale = self.observation_scale
+        is_vector = scale is None or all(isinstance(factor, int | float) for factor in scale)
+        _require(is_vector, f"observation_scale must be numbers, got {scale!r}")

@@ -1,0 +1,133 @@
+"""Recorded answers of LightZero's world model (`.npz`), as `kvjax verify` replays them.
+
+Shapes: B environments, E embedding size, A actions, S support bins, N simulations per step.
+"""
+
+import dataclasses
+import json
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kvjax.config import WorldModelConfig
+from kvjax.lightzero import checkpoint
+from kvjax.types import Params
+
+Array = np.ndarray[Any, Any]
+
+_INPUTS = ("action", "latent", "timestep", "parent", "sim_action", "depth")
+_ANSWERS = ("policy_logits", "value_logits", "length")
+_SIMULATION_ANSWERS = ("reward_logits", "next_latent", "sim_policy_logits", "sim_value_logits")
+_MODES = {"rope": "rotary positions", "rebuild": "exact rebuild", "reset": "exact reset"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """A world-model trace: a model, what it was asked step by step, and what it answered."""
+
+    config: WorldModelConfig
+    params: Params
+    num_envs: int  # B
+    num_steps: int
+    num_simulations: int  # N
+    pads_are_read: bool  # release 0.2.0 attends to its zero padding
+    arrays: dict[str, Array]
+
+    def step(self, index: int) -> dict[str, Array]:
+        """Arrays of one environment step by their names in the file."""
+        prefix = f"step{index}/"
+        return {k.removeprefix(prefix): v for k, v in self.arrays.items() if k.startswith(prefix)}
+
+    def steps(self) -> Iterator[dict[str, Array]]:
+        """All steps in order."""
+        return (self.step(index) for index in range(self.num_steps))
+
+
+def read(path: str | Path) -> Trace:
+    """Reads a world-model trace.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: the file is no trace, is incomplete, or needs a window mode that is not supported.
+    """
+    path = Path(path)
+    arrays = _read_arrays(path)
+    described = _read_description(path, arrays)
+    weights = {
+        name.removeprefix("weights/"): array
+        for name, array in arrays.items()
+        if name.startswith("weights/")
+    }
+    if not weights:
+        raise ValueError(f"{path} holds no weights: it is no world-model trace")
+    config, params = checkpoint.load(
+        weights, num_heads=described["heads"], context_length=described["ctx"]
+    )
+    trace = Trace(
+        config=config,
+        params=params,
+        num_envs=described["envs"],
+        num_steps=described["steps"],
+        num_simulations=described["sims"],
+        pads_are_read="0.2.0" in described["source"],
+        arrays=arrays,
+    )
+    _check_complete(path, trace)
+    return trace
+
+
+def _read_arrays(path: Path) -> dict[str, Array]:
+    if not path.is_file():
+        raise FileNotFoundError(f"no such trace: {path}")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except (ValueError, OSError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is not a readable .npz trace: {error}") from error
+
+
+def _read_description(path: Path, arrays: dict[str, Array]) -> dict[str, Any]:
+    if "meta" in arrays:
+        raise ValueError(f"{path} is a tree trace, which is not supported yet")
+    if "config" not in arrays:
+        raise ValueError(f"{path} holds no config: it is no trace")
+    try:
+        described = json.loads(str(arrays["config"]))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: config is no JSON: {error}") from error
+    if not isinstance(described, dict):
+        raise ValueError(f"{path}: config must be a JSON object, got {described!r}")
+    if "seeds" in described:
+        raise ValueError(f"{path} is an episode trace, which is not supported yet")
+    for mode, name in _MODES.items():
+        if described.get(mode):
+            raise ValueError(f"{path} needs {name} ({mode}), which is not supported yet")
+    missing = {"heads", "ctx", "envs", "steps", "sims", "source"} - described.keys()
+    if missing:
+        raise ValueError(f"{path}: config lacks {', '.join(sorted(missing))}")
+    return described
+
+
+def _check_complete(path: Path, trace: Trace) -> None:
+    config, rows, sims = trace.config, trace.num_envs, trace.num_simulations
+    shapes: dict[str, tuple[int, ...]] = {}
+    shapes |= dict.fromkeys(("action", "timestep", "length"), (rows,))
+    shapes |= dict.fromkeys(("parent", "sim_action", "depth"), (sims, rows))
+    shapes |= {"latent": (rows, config.embed_dim), "next_latent": (sims, rows, config.embed_dim)}
+    shapes |= {"policy_logits": (rows, config.num_actions)}
+    shapes |= {"sim_policy_logits": (sims, rows, config.num_actions)}
+    shapes |= {"value_logits": (rows, config.support_size)}
+    bins = (sims, rows, config.support_size)
+    shapes |= {"reward_logits": bins, "sim_value_logits": bins}
+    for index, step in enumerate(trace.steps()):
+        for name in (*_INPUTS, *_ANSWERS, *_SIMULATION_ANSWERS):
+            if name not in step:
+                raise ValueError(f"{path}: step{index}/{name} is missing")
+            if step[name].shape != shapes[name]:
+                raise ValueError(
+                    f"{path}: step{index}/{name} has shape {step[name].shape},"
+                    f" expected {shapes[name]}"
+                )

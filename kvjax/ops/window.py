@@ -1,0 +1,152 @@
+"""Context windows of one item: init, append, align, slide. Batches come by `jax.vmap`.
+
+Shapes: C context_length in tokens, L layers, H heads, D head size. In the drawings a letter is a
+token and a dot an empty (zero) slot.
+"""
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from kvjax.config import BLOCK, WindowConfig
+from kvjax.types import AlignedWindow, Window
+
+_KV_RANK = 5
+_TOKEN_RANK = 4
+
+
+def init(config: WindowConfig) -> Window:
+    """An empty window.
+
+    Returns:
+      `Window` with `kv` zeros [C, L, 2, H, D] of `config.dtype` and `length` 0.
+    """
+    shape = (config.context_length, *config.token_shape)
+    return Window(kv=jnp.zeros(shape, config.dtype), length=jnp.zeros((), jnp.int32))
+
+
+def is_full(window: Window) -> jax.Array:
+    """Whether the window has no free slot: [] bool. `append` leaves such a window unchanged."""
+    return window.length >= window.kv.shape[0]
+
+
+def append(window: Window, kv_token: jax.Array) -> Window:
+    """Writes one token behind the last one.
+
+        [a b . .] + c -> [a b c .]
+
+    Args:
+      window: `kv` [C, L, 2, H, D].
+      kv_token: [L, 2, H, D], cast to the window's dtype.
+
+    Returns:
+      The longer window; the same window where `is_full`.
+    """
+    chex.assert_rank([window.kv, kv_token], [_KV_RANK, _TOKEN_RANK])
+    chex.assert_equal_shape_suffix([window.kv, kv_token], _TOKEN_RANK)
+    kv = window.kv.at[window.length].set(kv_token.astype(window.kv.dtype), mode="drop")
+    return Window(kv=kv, length=jnp.minimum(window.length + 1, window.kv.shape[0]))
+
+
+def valid_mask(window: Window | AlignedWindow) -> jax.Array:
+    """Which slots hold a token: [C] bool.
+
+    Window        [a b . .]         -> [1 1 0 0]
+    AlignedWindow [. a b .] (pad 1) -> [0 1 1 0]
+    """
+    start = window.pad if isinstance(window, AlignedWindow) else 0
+    slots = jnp.arange(window.kv.shape[0], dtype=jnp.int32)
+    return (slots >= start) & (slots < start + window.length)
+
+
+def _shift(kv: jax.Array, slots: jax.Array) -> jax.Array:
+    """Moves tokens `slots` to the right (to the left if negative), filling with zeros."""
+    capacity = kv.shape[0]
+    zeros = jnp.zeros_like(kv)
+    padded = jnp.concatenate([zeros, kv, zeros])
+    return jax.lax.dynamic_slice_in_dim(padded, capacity - slots, capacity)
+
+
+def right_align(window: Window, size: jax.Array | int | None = None) -> AlignedWindow:
+    """Moves the tokens to the right, so that the last one sits in slot `size` - 1.
+
+        size 3:  [a . . .] -> [. . a .]
+                 [a b . .] -> [. a b .]
+
+    Args:
+      window: `kv` [C, L, 2, H, D].
+      size: [] int32 between the window's length and C, both included; C by default.
+
+    Returns:
+      `AlignedWindow` with pad `size - length`. A `size` below the length counts as the length.
+    """
+    chex.assert_rank(window.kv, _KV_RANK)
+    size = window.kv.shape[0] if size is None else size
+    pad = jnp.maximum(jnp.asarray(size, jnp.int32) - window.length, 0)
+    return AlignedWindow(kv=_shift(window.kv, pad), length=window.length, pad=pad)
+
+
+def left_align(aligned: AlignedWindow) -> Window:
+    """Undoes `right_align`: drops the leading pad and appends zeros.
+
+    [. a b .] -> [a b . .]
+    """
+    chex.assert_rank(aligned.kv, _KV_RANK)
+    return Window(kv=_shift(aligned.kv, -aligned.pad), length=aligned.length)
+
+
+def trim_and_pad(windows: Window) -> AlignedWindow:
+    """Aligns a batch on its longest row: each row drops its last empty slots and pads the left.
+
+        [a . . .]    [. . a .]
+        [b c . .] -> [. b c .]
+        [d e f .]    [d e f .]
+
+    Args:
+      windows: a batch, `kv` [B, C, L, 2, H, D] and `length` [B].
+
+    Returns:
+      `AlignedWindow` batch; `length + pad` is the same for all rows.
+    """
+    chex.assert_rank([windows.kv, windows.length], [1 + _KV_RANK, 1])
+    return jax.vmap(right_align, in_axes=(0, None))(windows, jnp.max(windows.length))
+
+
+def undo_trim_and_pad(aligned: AlignedWindow) -> Window:
+    """Inverse of `trim_and_pad`, also after tokens were appended to the aligned rows.
+
+        [. . a .]    [a . . .]
+        [. b c .] -> [b c . .]
+        [d e f .]    [d e f .]
+
+    Args:
+      aligned: a batch, `kv` [B, C, L, 2, H, D], `length` [B] and `pad` [B].
+    """
+    return jax.vmap(left_align)(aligned)
+
+
+def slide(window: Window, correction: jax.Array) -> Window:
+    """Drops the oldest block of a window that has reached C - 1 tokens; leaves a shorter one alone.
+
+    The kept tokens move to earlier positions, and `correction` is what that adds to each.
+
+        C = 8:  [a b c d e f g .] -> [c' d' e' f' g' . . .]
+                [a b c d e . . .] -> [a b c d e . . .]
+
+    Args:
+      window: `kv` [C, L, 2, H, D].
+      correction: [C - 3, L, 2, H, D], from `kvjax.ops.position.slide_correction`; slot i is added
+        to the token that lands in slot i.
+    """
+    chex.assert_rank([window.kv, correction], _KV_RANK)
+    capacity, *token_shape = window.kv.shape
+    full_length = capacity - 1
+    kept_length = full_length - BLOCK
+    chex.assert_shape(correction, (kept_length, *token_shape))
+    kept = window.kv[BLOCK:full_length] + correction.astype(window.kv.dtype)
+    zeros = jnp.zeros((capacity - kept_length, *token_shape), window.kv.dtype)
+    overflows = window.length >= full_length
+    return Window(
+        kv=jnp.where(overflows, jnp.concatenate([kept, zeros]), window.kv),
+        length=jnp.where(overflows, kept_length, window.length),
+    )

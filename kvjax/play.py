@@ -1,0 +1,229 @@
+"""Plays episodes of a Gymnasium environment with a trained agent, all of them in one batch.
+
+Shapes: B environments played side by side, A actions.
+"""
+
+import dataclasses
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import jax
+import numpy as np
+
+from kvjax import gif
+from kvjax.checkpoint import Checkpoint
+from kvjax.config import EnvironmentConfig, SearchConfig, WorldModelConfig
+from kvjax.search import init_contexts, search
+from kvjax.step import FIRST_STEP
+
+Array = np.ndarray[Any, Any]
+
+MAX_BATCH = 8
+"""Environments that are searched together at most."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Status:
+    """How far a run is."""
+
+    fraction: float  # 0 to 1, of the steps that the episodes can have at most
+    steps: int  # environment steps so far
+    finished: int  # episodes
+    mean_return: float  # of the finished episodes, NaN before the first
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """Result of a run. One environment's step is one search."""
+
+    returns: tuple[float, ...]  # by episode
+    mean_return: float
+    steps: int
+    searches_per_second: float  # searches alone: no compilation, no environment
+    compile_seconds: float
+    seconds: float  # of the whole run
+
+
+@dataclasses.dataclass
+class _Row:
+    """One environment of the batch and the episode that it is in (None: nothing left to play)."""
+
+    env: gymnasium.Env[Any, Any]
+    episode: int | None = None
+    observation: Array = dataclasses.field(default_factory=lambda: np.zeros(0))
+    last_action: int = FIRST_STEP
+    steps: int = 0
+
+    def start(self, episode: int | None, seed: int) -> None:
+        self.episode, self.last_action, self.steps = episode, FIRST_STEP, 0
+        if episode is not None:
+            self.observation, _ = self.env.reset(seed=seed + episode)
+
+    def advance(self, action: int) -> tuple[float, bool]:
+        """Acts; returns the reward and whether the episode ended."""
+        self.observation, reward, terminated, truncated, _ = self.env.step(action)
+        self.last_action, self.steps = action, self.steps + 1
+        return float(reward), terminated or truncated
+
+
+def play(
+    agent: Checkpoint,
+    *,
+    episodes: int = 8,
+    search_config: SearchConfig | None = None,
+    seed: int = 0,
+    keep_context: bool = True,
+    gif_path: str | Path | None = None,
+    progress: Callable[[Status], None] = lambda status: None,
+) -> Summary:
+    """Plays episodes; episode i starts from `reset(seed=seed + i)`.
+
+    Up to `MAX_BATCH` environments are searched together; a row whose episode ends goes on with the
+    next episode while the others stay where they are.
+
+    Args:
+      agent: a model whose checkpoint names its environment.
+      keep_context: False pushes every step as an episode's first, so that the window holds the
+        current observation only.
+      gif_path: where to write the first episode as an animation.
+      progress: called before the first step and after every batch of steps.
+
+    Raises:
+      ValueError: fewer than one episode, no or an unknown environment, an environment that does
+        not fit the model, or a GIF that cannot be drawn or written.
+    """
+    if episodes < 1:
+        raise ValueError(f"episodes must be at least 1, got {episodes}")
+    if agent.environment is None:
+        raise ValueError("the checkpoint names no environment: say which one to play")
+    frames = None if gif_path is None else gif.Frames(gif_path)
+    started = time.perf_counter()
+    rows = [
+        _Row(_make(agent.environment, agent.config, render=frames is not None and index == 0))
+        for index in range(min(episodes, MAX_BATCH))
+    ]
+    try:
+        run = _Run(agent, rows, episodes, seed)
+        compile_seconds = run.compile(search_config or SearchConfig())
+        progress(run.status())
+        while run.active():
+            if frames is not None and rows[0].episode == 0:
+                frames.append(rows[0].env.render())
+            run.step(keep_context)
+            progress(run.status())
+    finally:
+        for row in rows:
+            row.env.close()
+    if frames is not None:
+        frames.write(rows[0].env.metadata.get("render_fps", gif.DEFAULT_FPS))
+    return Summary(
+        returns=tuple(run.returns),
+        mean_return=float(np.mean(run.returns)),
+        steps=run.steps,
+        searches_per_second=run.steps / run.search_seconds,
+        compile_seconds=compile_seconds,
+        seconds=time.perf_counter() - started,
+    )
+
+
+class _Run:
+    """Episodes in progress: the host's side of the loop."""
+
+    def __init__(self, agent: Checkpoint, rows: list[_Row], episodes: int, seed: int) -> None:
+        self._agent, self._rows, self._seed = agent, rows, seed
+        self._environment = agent.environment
+        self._rng = jax.random.key(seed)
+        self._contexts = init_contexts(agent.config, len(rows))
+        self._waiting = list(range(episodes))
+        self.returns = [0.0] * episodes
+        self.steps = 0
+        self.search_seconds = 0.0
+        for row in rows:
+            row.start(self._next_episode(), seed)
+
+    def active(self) -> list[_Row]:
+        """Rows that are in an episode."""
+        return [row for row in self._rows if row.episode is not None]
+
+    def status(self) -> Status:
+        """Where the run is now."""
+        active = self.active()
+        unfinished = {row.episode for row in active} | set(self._waiting)
+        finished = [score for i, score in enumerate(self.returns) if i not in unfinished]
+        spec = self._rows[0].env.spec
+        limit = (spec and spec.max_episode_steps) or max(1, *(row.steps + 1 for row in self._rows))
+        progress = len(finished) + sum(row.steps / limit for row in active)
+        mean = float(np.mean(finished)) if finished else float("nan")
+        return Status(progress / len(self.returns), self.steps, len(finished), mean)
+
+    def compile(self, search_config: SearchConfig) -> float:
+        """Runs one search on throwaway contexts; returns the seconds that took."""
+        self._search_config = search_config
+        started = time.perf_counter()
+        self._plan(np.full(len(self._rows), FIRST_STEP))
+        return time.perf_counter() - started
+
+    def step(self, keep_context: bool) -> None:
+        """Searches all rows at once and acts in each environment that is in an episode."""
+        started = time.perf_counter()
+        last_action = np.array([row.last_action for row in self._rows])
+        self._rng = jax.random.fold_in(self._rng, self.steps)
+        self._contexts, actions = self._plan(
+            last_action if keep_context else np.full_like(last_action, FIRST_STEP)
+        )
+        self.search_seconds += time.perf_counter() - started
+        for row, action in zip(self._rows, actions.tolist(), strict=True):
+            if row.episode is None:
+                continue
+            reward, ended = row.advance(action)
+            self.returns[row.episode] += reward
+            self.steps += 1
+            if ended:
+                row.start(self._next_episode(), self._seed)
+
+    def _next_episode(self) -> int | None:
+        return self._waiting.pop(0) if self._waiting else None
+
+    def _plan(self, last_action: Array) -> tuple[Any, Array]:
+        observation = np.stack([row.observation for row in self._rows]).astype(np.float32)
+        scale = self._environment.observation_scale if self._environment else None
+        contexts, out = search(
+            self._agent.params,
+            self._rng,
+            self._contexts,
+            observation if scale is None else observation * np.asarray(scale, np.float32),
+            last_action,
+            config=self._agent.config,
+            search=self._search_config,
+        )
+        return contexts, np.asarray(out.action)
+
+
+def _make(
+    environment: EnvironmentConfig, config: WorldModelConfig, *, render: bool
+) -> gymnasium.Env[Any, Any]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # CartPole-v0 is meant
+            env = gymnasium.make(environment.env_id, render_mode="rgb_array" if render else None)
+    except gymnasium.error.Error as error:
+        raise ValueError(f"cannot make environment {environment.env_id!r}: {error}") from error
+    space, scale = env.observation_space, environment.observation_scale
+    if space.shape != config.observation_shape:
+        raise ValueError(
+            f"{environment.env_id} observes {space.shape}, the model reads"
+            f" {config.observation_shape}"
+        )
+    if scale is not None and len(scale) != config.observation_size:
+        raise ValueError(f"observation_scale needs {config.observation_size} factors, got {scale}")
+    actions = getattr(env.action_space, "n", None)
+    if actions != config.num_actions:
+        raise ValueError(
+            f"{environment.env_id} takes {env.action_space}, the model has {config.num_actions}"
+            " discrete actions"
+        )
+    return env

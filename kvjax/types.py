@@ -1,0 +1,65 @@
+"""Pytrees: immutable states of fixed-shape arrays.
+
+Shapes: B rows, C context_length in tokens, L layers, H heads, D head size, E embedding size,
+A actions, S support bins. Types hold one item; batches lead every array with B.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+Params = Any
+"""Flax variables of a world model: {"params": ..., "batch_stats": ...}."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """A context window: tokens are left-aligned, slots past `length` are zero."""
+
+    kv: jax.Array  # [C, L, 2, H, D], keys at 0 and values at 1 of the third axis
+    length: jax.Array  # [] int32
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AlignedWindow:
+    """A window behind `pad` empty slots, so that all rows of a batch end at the same slot."""
+
+    kv: jax.Array  # [C, L, 2, H, D]
+    length: jax.Array  # [] int32, tokens
+    pad: jax.Array  # [] int32, empty slots before the first token
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """What a world model says about one transition; logits are over the support."""
+
+    latent: jax.Array  # [E] next latent state
+    reward: jax.Array  # [S] logits
+    policy: jax.Array  # [A] logits
+    value: jax.Array  # [S] logits
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Contexts:
+    """What an environment carries from step to step: its root window and its clock."""
+
+    window: Window  # batched: [B, C, L, 2, H, D] and [B]
+    timestep: jax.Array  # [B] int32, -1 before the first step
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SearchOutput:
+    """Result of one search per row."""
+
+    action: jax.Array  # [B] int32
+    visit_counts: jax.Array  # [B, A] int32, of the root's actions
+    root_value: jax.Array  # [B] mean value of the root
+    q_values: jax.Array  # [B, A] of the root's actions, 0 where never visited
+    prior: jax.Array  # [B, A] the network's policy over legal actions, noise left out
+    network_value: jax.Array  # [B] the network's own value of the root

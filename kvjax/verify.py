@@ -1,0 +1,161 @@
+"""Replays a recorded LightZero trace and reports how far kvjax is from its answers.
+
+Shapes: B environments, C context_length in tokens, L layers, H heads, D head size.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kvjax import step, world_model
+from kvjax.lightzero import trace as traces
+from kvjax.search import init_contexts
+from kvjax.types import Prediction, Window
+
+Array = np.ndarray[Any, Any]
+Comparison = tuple[str, Array, Array]
+"""Name of an output, kvjax's value, the recorded value."""
+
+OUTPUTS = (
+    "policy_logits",
+    "value_logits",
+    "k",
+    "v",
+    "reward_logits",
+    "next_latent",
+    "sim_policy_logits",
+    "sim_value_logits",
+)
+_LENGTH = "length"
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What a replay found."""
+
+    trace: str
+    route: str
+    max_abs_error: dict[str, float]  # by output; infinite where either side is not finite
+    length_mismatches: int  # stored windows whose length differs; these are not compared further
+    steps: int
+    simulations: int
+    ok: bool  # no length differs and every error is within the tolerance
+
+    def as_json(self) -> dict[str, Any]:
+        """Fields for `--json`; an infinite error is null."""
+        errors = {k: e if math.isfinite(e) else None for k, e in self.max_abs_error.items()}
+        return dataclasses.asdict(self) | {"max_abs_error": errors}
+
+
+def verify(path: str | Path, *, tolerance: float = 1e-4) -> Report:
+    """Replays a world-model trace by node index, each root window carried from step to step.
+
+    Args:
+      path: a trace, see `kvjax.lightzero.trace`.
+      tolerance: largest absolute error that counts as equal.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: not a trace that can be replayed, or a tolerance that is no number >= 0.
+    """
+    if not tolerance >= 0.0:
+        raise ValueError(f"tolerance must be at least 0, got {tolerance}")
+    trace = traces.read(path)
+    errors = dict.fromkeys(OUTPUTS, 0.0)
+    mismatches = 0
+    for name, ours, theirs in _replay(trace):
+        if name == _LENGTH:
+            mismatches += int(np.sum(ours != theirs))
+        else:
+            errors[name] = max(errors[name], _max_abs_error(ours, theirs))
+    within = all(error <= tolerance for error in errors.values())
+    return Report(
+        trace=str(path),
+        route="tree",
+        max_abs_error=errors,
+        length_mismatches=mismatches,
+        steps=trace.num_steps,
+        simulations=trace.num_steps * trace.num_simulations,
+        ok=within and mismatches == 0,
+    )
+
+
+def _max_abs_error(ours: Array, theirs: Array) -> float:
+    error = float(np.max(np.abs(ours.astype(np.float64) - theirs), initial=0.0))
+    return error if math.isfinite(error) else math.inf
+
+
+def _replay(trace: traces.Trace) -> Iterator[Comparison]:
+    config = trace.config
+    correction = world_model.slide_correction(trace.params, config=config)
+    root_step = jax.jit(
+        jax.vmap(functools.partial(step.root_step, config=config), in_axes=(None, None, 0, 0, 0))
+    )
+    imagine = _recurrent_step(trace)
+    window = init_contexts(config, trace.num_envs).window
+    for recorded in trace.steps():
+        action = recorded["action"].astype(np.int32)
+        window, policy, value = root_step(
+            trace.params, correction, window, action, recorded["latent"]
+        )
+        yield "policy_logits", np.asarray(policy), recorded["policy_logits"]
+        yield "value_logits", np.asarray(value), recorded["value_logits"]
+        yield from _compare_windows(window, recorded)
+        nodes = [window]
+        for index in range(trace.num_simulations):
+            parents = _gather(nodes, recorded["parent"][index])
+            action = recorded["sim_action"][index].astype(np.int32)
+            child, prediction = imagine(trace.params, correction, parents, action)
+            nodes.append(child)
+            yield from _compare_prediction(prediction, recorded, index)
+
+
+def _recurrent_step(trace: traces.Trace) -> Any:
+    """The batched recurrent step; for release 0.2.0 each row reads the padding of its batch."""
+    one_item = functools.partial(step.recurrent_step, config=trace.config)
+
+    @jax.jit
+    def batched(params: Any, correction: jax.Array, window: Window, action: jax.Array) -> Any:
+        pads = jnp.max(window.length) - window.length if trace.pads_are_read else None
+        return jax.vmap(lambda w, a, p: one_item(params, correction, w, a, zero_keys=p))(
+            window, action, pads
+        )
+
+    return batched
+
+
+def _gather(nodes: list[Window], parent: Array) -> Window:
+    """Row b of node `parent[b]`, for each b."""
+    rows = [jax.tree.map(lambda x, b=b: x[b], nodes[node]) for b, node in enumerate(parent)]
+    gathered: Window = jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
+    return gathered
+
+
+def _compare_windows(window: Window, recorded: dict[str, Array]) -> Iterator[Comparison]:
+    lengths = np.asarray(window.length)
+    yield _LENGTH, lengths, recorded["length"]
+    for env, length in enumerate(lengths):
+        if length == recorded["length"][env]:
+            kv = np.asarray(window.kv[env, :length]).transpose(2, 1, 3, 0, 4)  # [2, L, H, n, D]
+            yield "k", kv[0], recorded[f"k{env}"]
+            yield "v", kv[1], recorded[f"v{env}"]
+
+
+def _compare_prediction(
+    prediction: Prediction, recorded: dict[str, Array], index: int
+) -> Iterator[Comparison]:
+    answers = {
+        "reward_logits": prediction.reward,
+        "next_latent": prediction.latent,
+        "sim_policy_logits": prediction.policy,
+        "sim_value_logits": prediction.value,
+    }
+    for name, ours in answers.items():
+        yield name, np.asarray(ours), recorded[name][index]

@@ -1,0 +1,277 @@
+"""UniZero's transformer world model in inference, one token at a time (Flax).
+
+The model reads a window and returns the new token's keys and values; it never writes a cache.
+
+Shapes: E embedding size, L layers, H heads, D head size, A actions, S support bins.
+"""
+
+from typing import Any
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kvjax.config import Norm, WorldModelConfig
+from kvjax.ops import attention, position
+from kvjax.ops.window import valid_mask
+from kvjax.types import Params, Window
+
+_EPSILON = 1e-5
+"""Of LayerNorm and BatchNorm, as in torch."""
+
+_EXPANSION = 4
+"""Hidden width of the feed-forward layers and of main's heads, in units of E."""
+
+
+def _layer_norm(name: str | None = None) -> nn.LayerNorm:
+    return nn.LayerNorm(epsilon=_EPSILON, use_fast_variance=False, name=name)
+
+
+class _Normalise(nn.Module):
+    """The norm that ends an encoder or an observation head: SimNorm or LayerNorm."""
+
+    kind: Norm
+    group: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        if self.kind == "layernorm":
+            normed: jax.Array = _layer_norm(name="norm")(x)
+            return normed
+        grouped: jax.Array = jax.nn.softmax(x.reshape(-1, self.group), axis=-1)
+        return grouped.reshape(x.shape)
+
+
+class _Encoder(nn.Module):
+    """Vector observation to latent: [observation_size] -> [E]."""
+
+    config: WorldModelConfig
+
+    def setup(self) -> None:
+        self.input = nn.Dense(self.config.embed_dim)
+        self.batch_norm = nn.BatchNorm(use_running_average=True, epsilon=_EPSILON)
+        self.output = nn.Dense(self.config.embed_dim)
+        self.final = _Normalise(self.config.encoder_norm, self.config.simnorm_group)
+
+    def __call__(self, observation: jax.Array) -> jax.Array:
+        hidden = nn.gelu(self.batch_norm(self.input(observation)))
+        return self.final(self.output(hidden))
+
+
+class _Head(nn.Module):
+    """Prediction head of release 0.2.0 (E hidden units) or of main (normalised, 4E)."""
+
+    config: WorldModelConfig
+    size: int
+
+    def setup(self) -> None:
+        if self.config.layout == "main":
+            self.input_norm = _layer_norm()
+            self.hidden = nn.Dense(_EXPANSION * self.config.embed_dim)
+            self.hidden_norm = _layer_norm()
+        else:
+            self.hidden = nn.Dense(self.config.embed_dim)
+        self.output = nn.Dense(self.size)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        if self.config.layout == "main":
+            hidden = self.hidden_norm(self.hidden(self.input_norm(x)))
+        else:
+            hidden = self.hidden(x)
+        return self.output(nn.gelu(hidden))
+
+
+class _Block(nn.Module):
+    """Pre-LayerNorm transformer block for one token and its window."""
+
+    config: WorldModelConfig
+
+    def setup(self) -> None:
+        width = self.config.embed_dim
+        self.attention_norm, self.feed_forward_norm = _layer_norm(), _layer_norm()
+        self.query, self.key = nn.Dense(width), nn.Dense(width)
+        self.value, self.projection = nn.Dense(width), nn.Dense(width)
+        self.expand, self.contract = nn.Dense(_EXPANSION * width), nn.Dense(width)
+
+    def __call__(
+        self, x: jax.Array, cached: jax.Array, valid: jax.Array, zero_keys: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        heads = (self.config.num_heads, -1)
+        normed = self.attention_norm(x)
+        query = self.query(normed).reshape(heads)
+        fresh = jnp.stack([self.key(normed).reshape(heads), self.value(normed).reshape(heads)])
+        read = attention.attend(query, fresh, cached, valid, zero_keys)
+        x = x + self.projection(read.reshape(-1))
+        return x + self.contract(nn.gelu(self.expand(self.feed_forward_norm(x)))), fresh
+
+
+class WorldModel(nn.Module):
+    """The whole model for one item. Use the module functions below, which apply it."""
+
+    config: WorldModelConfig
+
+    def setup(self) -> None:  # noqa: D102
+        config = self.config
+        if config.observation_size is not None:
+            self.encoder = _Encoder(config)
+        self.position_embedding = nn.Embed(config.max_tokens, config.embed_dim)
+        self.action_embedding = nn.Embed(config.num_actions, config.embed_dim)
+        self.blocks = [_Block(config) for _ in range(config.num_layers)]
+        self.final_norm = _layer_norm()
+        self.reward_head = _Head(config, config.support_size)
+        self.latent_head = _Head(config, config.embed_dim)
+        self.latent_final = _Normalise(config.latent_norm, config.simnorm_group)
+        self.policy_head = _Head(config, config.num_actions)
+        self.value_head = _Head(config, config.support_size)
+
+    def positions(self) -> jax.Array:
+        """The position table as far as a window reaches: [C, E]."""
+        table = self.position_embedding.embedding
+        return position.continue_table(table, self.config.context_length)
+
+    def encode(self, observation: jax.Array) -> jax.Array:
+        """[observation_size] -> latent [E]."""
+        if self.config.observation_size is None:
+            return observation
+        return self.encoder(observation)
+
+    def embed_action(self, action: jax.Array) -> jax.Array:
+        """[] int32 -> token [E]."""
+        return self.action_embedding(action)
+
+    def token_step(
+        self, token: jax.Array, window: Window, zero_keys: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """See `kvjax.world_model.token_step`."""
+        valid = valid_mask(window)
+        x = token + self.positions()[window.length]
+        fresh = []
+        for layer, block in enumerate(self.blocks):
+            x, kv = block(x, window.kv[:, layer], valid, zero_keys)
+            fresh.append(kv)
+        return self.final_norm(x), jnp.stack(fresh)
+
+    def at_action(self, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Heads read at an action token: reward logits [S] and next latent [E]."""
+        return self.reward_head(hidden), self.latent_final(self.latent_head(hidden))
+
+    def at_observation(self, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Heads read at an observation token: policy logits [A] and value logits [S]."""
+        return self.policy_head(hidden), self.value_head(hidden)
+
+    def __call__(self, observation: jax.Array, action: jax.Array, window: Window) -> Any:
+        """Touches every parameter once: what `init` needs."""
+        hidden, _ = self.token_step(self.encode(observation), window)
+        return self.embed_action(action), self.at_action(hidden), self.at_observation(hidden)
+
+
+def init_params(rng: jax.Array, config: WorldModelConfig) -> Params:
+    """Fresh random parameters of a world model.
+
+    Args:
+      rng: a JAX PRNG key.
+      config: the model's configuration.
+
+    Returns:
+      Flax variables.
+    """
+    window = Window(
+        kv=jnp.zeros((config.context_length, *config.window.token_shape), config.dtype),
+        length=jnp.zeros((), jnp.int32),
+    )
+    observation = jnp.zeros(config.observation_shape)
+    return WorldModel(config).init(rng, observation, jnp.zeros((), jnp.int32), window)
+
+
+def params_shapes(config: WorldModelConfig) -> Params:
+    """Shapes and dtypes of a model's variables, as `jax.ShapeDtypeStruct` leaves."""
+    return jax.eval_shape(lambda: init_params(jax.random.key(0), config))
+
+
+def check_parameter(name: str, value: np.ndarray[Any, Any], shape: tuple[int, ...]) -> None:
+    """Refuses a weight that has another shape or is not finite.
+
+    Raises:
+      ValueError: with the weight's name, what was expected and what came.
+    """
+    if value.shape != shape:
+        raise ValueError(f"{name} has shape {value.shape}, expected {shape}")
+    if not np.isfinite(value).all():
+        count = int((~np.isfinite(value)).sum())
+        raise ValueError(f"{name} holds {count} values that are NaN or infinite")
+
+
+def _apply(config: WorldModelConfig, params: Params, *args: Any, method: str) -> Any:
+    return WorldModel(config).apply(params, *args, method=method)
+
+
+def encode(params: Params, observation: jax.Array, *, config: WorldModelConfig) -> jax.Array:
+    """Observation [observation_size] to latent [E]; the identity for a model without encoder."""
+    chex.assert_shape(observation, config.observation_shape)
+    latent: jax.Array = _apply(config, params, observation, method="encode")
+    return latent
+
+
+def embed_action(params: Params, action: jax.Array, *, config: WorldModelConfig) -> jax.Array:
+    """Action [] int32 in 0 .. A - 1 to its token [E]."""
+    chex.assert_rank(action, 0)
+    token: jax.Array = _apply(config, params, action, method="embed_action")
+    return token
+
+
+def token_step(
+    params: Params,
+    token: jax.Array,
+    window: Window,
+    *,
+    config: WorldModelConfig,
+    zero_keys: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Runs one token through the transformer, reading a window.
+
+    The token's position is the window's length.
+
+    Args:
+      token: [E], a latent or an embedded action, without position.
+      window: what the token may attend to, `kv` [C, L, 2, H, D].
+      zero_keys: see `kvjax.ops.attention.attend`.
+
+    Returns:
+      hidden [E] and the token's own keys and values [L, 2, H, D], ready for `append`.
+    """
+    chex.assert_shape(token, config.latent_shape)
+    chex.assert_shape(window.kv, (config.context_length, *config.window.token_shape))
+    hidden, kv_token = _apply(config, params, token, window, zero_keys, method="token_step")
+    return hidden, kv_token
+
+
+def at_action(
+    params: Params, hidden: jax.Array, *, config: WorldModelConfig
+) -> tuple[jax.Array, jax.Array]:
+    """Hidden state [E] of an action token to reward logits [S] and next latent [E]."""
+    reward, latent = _apply(config, params, hidden, method="at_action")
+    return reward, latent
+
+
+def at_observation(
+    params: Params, hidden: jax.Array, *, config: WorldModelConfig
+) -> tuple[jax.Array, jax.Array]:
+    """Hidden state [E] of an observation token to policy logits [A] and value logits [S]."""
+    policy, value = _apply(config, params, hidden, method="at_observation")
+    return policy, value
+
+
+def slide_correction(params: Params, *, config: WorldModelConfig) -> jax.Array:
+    """What `kvjax.ops.window.slide` needs for this model: [C - 3, L, 2, H, D].
+
+    Depends on the parameters alone: compute it once per call, outside the simulations' loop, and
+    it can never be older than the weights.
+    """
+    blocks = [params["params"][f"blocks_{layer}"] for layer in range(config.num_layers)]
+    kernels = jnp.stack(
+        [jnp.stack([block["key"]["kernel"], block["value"]["kernel"]]) for block in blocks]
+    )
+    table = _apply(config, params, method="positions")
+    return position.slide_correction(position.project(table, kernels, config.num_heads))
