@@ -11,7 +11,8 @@ DEFAULT_FPS = 30
 
 _MAX_WIDTH = 300  # pixels; wider frames are thinned
 
-os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")  # it greets on standard output
+_QUIET_PYGAME = {"PYGAME_HIDE_SUPPORT_PROMPT": "1", "SDL_VIDEODRIVER": "dummy"}
+"""Pygame greets on standard output, and looks for a screen that nothing here needs."""
 
 
 class Frames:
@@ -32,6 +33,8 @@ class Frames:
         missing = [name for name in ("PIL", "pygame") if not importlib.util.find_spec(name)]
         if missing:
             raise ValueError(f"drawing needs {', '.join(missing)}: pip install 'kvjax[gif]'")
+        for name, value in _QUIET_PYGAME.items():
+            os.environ.setdefault(name, value)
 
     def append(self, frame: Any) -> None:
         """Adds an image [height, width, 3] uint8.

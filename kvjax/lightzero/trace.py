@@ -82,10 +82,12 @@ def read(path: str | Path) -> Trace:
 def _read_arrays(path: Path) -> dict[str, Array]:
     if not path.is_file():
         raise FileNotFoundError(f"no such trace: {path}")
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is not a readable .npz trace: no zip archive, or truncated")
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
-    except (ValueError, OSError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is not a readable .npz trace: {error}") from error
 
 

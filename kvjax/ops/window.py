@@ -44,8 +44,11 @@ def append(window: Window, kv_token: jax.Array) -> Window:
     """
     chex.assert_rank([window.kv, kv_token], [_KV_RANK, _TOKEN_RANK])
     chex.assert_equal_shape_suffix([window.kv, kv_token], _TOKEN_RANK)
-    kv = window.kv.at[window.length].set(kv_token.astype(window.kv.dtype), mode="drop")
-    return Window(kv=kv, length=jnp.minimum(window.length + 1, window.kv.shape[0]))
+    kv, token = jnp.asarray(window.kv), jnp.asarray(kv_token, window.kv.dtype)
+    return Window(
+        kv=kv.at[window.length].set(token, mode="drop"),
+        length=jnp.minimum(window.length + 1, kv.shape[0]),
+    )
 
 
 def valid_mask(window: Window | AlignedWindow) -> jax.Array:

@@ -1,0 +1,149 @@
+"""The command line as a user meets it: results, exit codes, messages."""
+
+import json
+
+import pytest
+
+from kvjax import cli
+
+
+def run(capsys, *arguments):
+    code = cli.main([str(a) for a in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_play_reaches_the_return_that_the_agent_was_trained_to(capsys):
+    code, out, _ = run(capsys, "play", "--json")
+    summary = json.loads(out)
+    assert code == 0
+    assert summary["mean_return"] >= 195
+    assert len(summary["returns"]) == 8
+    assert summary["steps"] == sum(summary["returns"])
+    assert summary["searches_per_second"] > 0
+    assert summary["compile_seconds"] > 0
+
+
+def test_without_context_the_masked_agent_cannot_balance(capsys):
+    code, out, _ = run(capsys, "play", "--json", "--no-context")
+    assert code == 0
+    assert json.loads(out)["mean_return"] < 80
+
+
+def test_the_unmasked_agent_needs_no_context(capsys):
+    arguments = ("play", "cartpole", "--json", "--seed", 1000, "--episodes", 2)
+    for flags in ((), ("--no-context",)):
+        code, out, _ = run(capsys, *arguments, *flags)
+        assert code == 0
+        assert json.loads(out)["mean_return"] > 150
+
+
+def test_more_episodes_than_rows_restart_inside_the_batch(capsys):
+    """Episodes beyond the batch start when a row is free; each is that seed's own episode."""
+    few = json.loads(run(capsys, "play", "--json", "--no-context", "--episodes", 11)[1])
+    again = json.loads(run(capsys, "play", "--json", "--no-context", "--episodes", 11)[1])
+    assert len(few["returns"]) == 11
+    assert min(few["returns"]) > 0
+    assert few["returns"] == again["returns"]
+
+
+def test_summary_for_people_and_a_gif(capsys, tmp_path):
+    from PIL import Image
+
+    path = tmp_path / "episode.gif"
+    code, out, err = run(capsys, "play", "--no-context", "--episodes", 1, "--gif", path)
+    assert code == 0
+    assert "mean return" in out
+    assert "compile time" in out
+    assert "episodes" in err
+    with Image.open(path) as gif:
+        assert gif.n_frames > 10
+        assert gif.size == (300, 200)
+
+
+def test_convert_and_play_either_file(capsys, data, tmp_path):
+    pytest.importorskip("torch")
+    source = data / "cartpole_masked_lightzero_0.2.0.pth.tar"
+    model = ("--num-heads", 2, "--context-length", 8)
+    environment = ("--env", "CartPole-v0", "--observation-scale", "1,0,10,0")
+    output = tmp_path / "agent.safetensors"
+    code, out, _ = run(capsys, "convert", source, output, *model, *environment, "--json")
+    assert code == 0
+    converted = json.loads(out)
+    assert converted["config"]["num_heads"] == 2
+    assert any("decoder_network" in name for name in converted["ignored"])
+    short = ("--episodes", 1, "--simulations", 3, "--no-context", "--json")
+    from_torch = json.loads(run(capsys, "play", source, *model, *environment, *short)[1])
+    from_converted = json.loads(run(capsys, "play", output, *short)[1])
+    assert from_torch["returns"] == from_converted["returns"]
+
+
+def test_verify(capsys, data):
+    code, out, _ = run(capsys, "verify", data / "lightzero_020_abs.npz", "--json")
+    report = json.loads(out)
+    assert code == 0
+    assert report["ok"]
+    assert report["route"] == "tree"
+    assert report["length_mismatches"] == 0
+    code, out, _ = run(capsys, "verify", data / "lightzero_020_abs.npz", "--tolerance", "1e-9")
+    assert code == 1
+    assert "NOT within" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("play", "absent.safetensors"), "no such checkpoint: absent.safetensors"),
+        (("play", "absent"), "no such checkpoint: absent"),
+        (("play", "--simulations", "0"), "num_simulations must be a positive integer, got 0"),
+        (("play", "--episodes", "0"), "episodes must be at least 1, got 0"),
+        (("play", "--env", "NoSuchEnv-v0"), "cannot make environment 'NoSuchEnv-v0'"),
+        (
+            ("play", "--env", "MountainCar-v0"),
+            r"MountainCar-v0 observes (2,), the model reads (4,)",
+        ),
+        (("play", "--env", "Acrobot-v1"), "Acrobot-v1 observes (6,), the model reads (4,)"),
+        (
+            ("play", "--observation-scale", "1,0"),
+            "observation_scale needs 4 factors, got (1.0, 0.0)",
+        ),
+        (("play", "--num-heads", "4"), "was converted with num_heads 2, got 4"),
+        (("play", "--context-length", "10"), "was converted with context_length 8, got 10"),
+        (("play", "--gif", "a.png"), "an animation's name must end in .gif, got a.png"),
+        (("play", "--gif", "absent/a.gif"), "no such folder for the animation: absent"),
+        (("verify", "absent.npz"), "no such trace: absent.npz"),
+        (("convert", "absent.pth.tar", "x.safetensors"), "no such checkpoint"),
+        (("bench", "search", "--only", "embed=3"), "no benchmark row matches 'embed=3'"),
+    ],
+)
+def test_bad_input_is_an_error_message_and_exit_code_2(capsys, arguments, message):
+    code, out, err = run(capsys, *arguments)
+    assert code == 2
+    assert out == ""
+    assert message in err.replace("\n", "")
+    assert f"kvjax {arguments[0]}: " in err
+
+
+def test_bad_torch_checkpoints(capsys, data, tmp_path):
+    pytest.importorskip("torch")
+    source = data / "cartpole_masked_lightzero_0.2.0.pth.tar"
+    assert "pass num_heads" in run(capsys, "play", source)[2]
+    assert (
+        "names no environment"
+        in run(capsys, "play", source, "--num-heads", 2, "--context-length", 8)[2]
+    )
+    output = tmp_path / "out.bin"
+    model = ("--num-heads", 2, "--context-length", 8)
+    assert "must end in .safetensors" in run(capsys, "convert", source, output, *model)[2]
+    scale = ("--observation-scale", "1,0,10,0")
+    assert "--observation-scale needs --env" in run(capsys, "play", source, *model, *scale)[2]
+
+
+@pytest.mark.parametrize(
+    "arguments", [(), ("fly",), ("play", "--episodes", "many"), ("bench",), ("verify",)]
+)
+def test_usage_errors(capsys, arguments):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(list(arguments))
+    assert stopped.value.code == 2
+    assert "usage: kvjax" in capsys.readouterr().err

@@ -1,0 +1,65 @@
+"""Imports point downward only."""
+
+import ast
+from pathlib import Path
+
+import kvjax
+
+LAYERS = (
+    ("config",),
+    ("types",),
+    ("ops.window", "ops.position", "ops.attention", "ops.support"),
+    ("ops",),
+    ("world_model",),
+    ("step",),
+    ("search",),
+    ("checkpoint", "lightzero.checkpoint", "gif"),
+    ("lightzero.trace",),
+    ("lightzero",),
+    ("",),
+    ("play", "verify", "bench.timing", "bench.lightzero_020"),
+    ("bench",),
+    ("bench.search",),
+    ("cli",),
+)
+LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
+ROOT = Path(kvjax.__file__).parent
+
+
+def module_name(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+def imported(path):
+    """kvjax modules that a file imports, a name of a package counting as its module."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "kvjax":
+            base = node.module.removeprefix("kvjax").removeprefix(".")
+            for alias in node.names:
+                name = f"{base}.{alias.name}".removeprefix(".")
+                yield name if name in LEVEL else base
+        elif isinstance(node, ast.Import):
+            assert not any(alias.name.startswith("kvjax") for alias in node.names), path
+
+
+def test_every_module_has_its_layer():
+    assert {module_name(path) for path in ROOT.rglob("*.py")} == LEVEL.keys()
+
+
+def test_imports_point_down():
+    upward = [
+        f"{module_name(path) or 'kvjax'} imports {target or 'kvjax'}"
+        for path in ROOT.rglob("*.py")
+        for target in imported(path)
+        if LEVEL[target] >= LEVEL[module_name(path)]
+    ]
+    assert not upward
+
+
+def test_storage_and_ops_know_no_model_and_nobody_imports_torch_at_the_top():
+    for path in ROOT.rglob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not {"torch", "lzero"} & {name.split(".")[0] for name in names}, path
