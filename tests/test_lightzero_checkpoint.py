@@ -118,21 +118,50 @@ def poison(state, name):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: poison(s, f"{W}transformer.ln_f.weight"), "ln_f.weight holds 1 values that are NaN"),
-        (lambda s: s.pop(f"{W}head_value.head_module.2.bias"), "missing tensor head_value.head_module.2.bias"),
+        (
+            lambda s: poison(s, f"{W}transformer.ln_f.weight"),
+            "ln_f.weight holds 1 values that are NaN",
+        ),
+        (
+            lambda s: s.pop(f"{W}head_value.head_module.2.bias"),
+            "missing tensor head_value.head_module.2.bias",
+        ),
         (lambda s: s.update({f"{W}surprise": torch.zeros(2)}), "does not know: surprise"),
-        (lambda s: s.update({f"{W}head_value.head_module.2.bias": torch.zeros(7)}), r"\(7,\), expected \(101,\)"),
-        (lambda s: poison(s, f"{W}tokenizer.encoder.fc_representation.0.bias"), "differs from the first copy"),
+        (
+            lambda s: s.update({f"{W}head_value.head_module.2.bias": torch.zeros(7)}),
+            r"\(7,\), expected \(101,\)",
+        ),
+        (
+            lambda s: poison(s, f"{W}tokenizer.encoder.fc_representation.0.bias"),
+            "differs from the first copy",
+        ),
         (lambda s: s.pop(f"{W}pos_emb.weight"), "unsupported variant: rotary positions"),
-        (lambda s: s.update({f"{W}transformer.blocks.0.gate1.w_r.weight": torch.zeros(2)}), "GRU gating"),
-        (lambda s: s.update({f"{W}transformer.blocks.0.experts.0.0.weight": torch.zeros(2)}), "mixture of experts"),
-        (lambda s: s.update({f"{W}act_embedding_table.0.weight": torch.zeros(2)}), "continuous actions"),
+        (
+            lambda s: s.update({f"{W}transformer.blocks.0.gate1.w_r.weight": torch.zeros(2)}),
+            "GRU gating",
+        ),
+        (
+            lambda s: s.update({f"{W}transformer.blocks.0.experts.0.0.weight": torch.zeros(2)}),
+            "mixture of experts",
+        ),
+        (
+            lambda s: s.update({f"{W}act_embedding_table.0.weight": torch.zeros(2)}),
+            "continuous actions",
+        ),
         (lambda s: s.update({f"{W}task_emb.weight": torch.zeros(2)}), "multi-task models"),
-        (lambda s: s.update({f"{W}transformer.register_tokens": torch.zeros(2)}), "register tokens"),
-        (lambda s: s.update({"representation_network.downsample_net.conv1.weight": torch.zeros(2)}), "image or text encoders"),
+        (
+            lambda s: s.update({f"{W}transformer.register_tokens": torch.zeros(2)}),
+            "register tokens",
+        ),
+        (
+            lambda s: s.update(
+                {"representation_network.downsample_net.conv1.weight": torch.zeros(2)}
+            ),
+            "image or text encoders",
+        ),
         (lambda s: s.update({"epoch": 3}), "epoch is a int, expected a tensor"),
     ],
-)  # fmt: skip
+)
 def test_bad_tensors(state, change, message):
     change(state)
     with pytest.raises(ValueError, match=message):

@@ -3,6 +3,7 @@
 import chex
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import parameterized
 
 from kvjax.ops import position
@@ -29,7 +30,7 @@ class PositionTest(chex.TestCase, parameterized.TestCase):
             np.testing.assert_allclose(table[9 + n], expected, rtol=1e-6)
 
     def test_table_of_one_row_cannot_continue(self):
-        with self.assertRaisesRegex(ValueError, "1 row cannot reach 2"):
+        with pytest.raises(ValueError, match="1 row cannot reach 2"):
             position.continue_table(jnp.zeros((1, E)), 2)
 
     @chex.all_variants(with_pmap=False)

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
+import pytest
 from absl.testing import parameterized
 
 from kvjax.config import WindowConfig
@@ -53,7 +54,7 @@ def drawn(text):
 class DrawingsTest(parameterized.TestCase):
     def test_append(self):
         grown = windows.append(drawn("[a b . .]"), 3 * jnp.ones((1, 2, 1, 1)))
-        self.assertEqual(letters(grown.kv), "abc.")
+        assert letters(grown.kv) == "abc."
 
     def test_valid_mask(self):
         np.testing.assert_array_equal(windows.valid_mask(drawn("[a b . .]")), [1, 1, 0, 0])
@@ -62,23 +63,23 @@ class DrawingsTest(parameterized.TestCase):
 
     @parameterized.parameters(("a . . .", "..a."), ("a b . .", ".ab."))
     def test_right_align(self, before, after):
-        self.assertEqual(letters(windows.right_align(drawn(before), 3).kv), after)
+        assert letters(windows.right_align(drawn(before), 3).kv) == after
 
     def test_right_align_fills_the_window_by_default(self):
-        self.assertEqual(letters(windows.right_align(drawn("a b . .")).kv), "..ab")
+        assert letters(windows.right_align(drawn("a b . .")).kv) == "..ab"
 
     def test_trim_and_pad_and_back(self):
         batch = stack([drawn("a . . ."), drawn("b c . ."), drawn("d e f .")])
         out = windows.trim_and_pad(batch)
-        self.assertEqual([letters(kv) for kv in out.kv], ["..a.", ".bc.", "def."])
+        assert [letters(kv) for kv in out.kv] == ["..a.", ".bc.", "def."]
         back = windows.undo_trim_and_pad(out)
-        self.assertEqual([letters(kv) for kv in back.kv], ["a...", "bc..", "def."])
+        assert [letters(kv) for kv in back.kv] == ["a...", "bc..", "def."]
         chex.assert_trees_all_equal(back, batch)
 
     @parameterized.parameters(("abcdefg.", "cdefg..."), ("abcde...", "abcde..."))
     def test_slide(self, before, after):
         slid = windows.slide(drawn(before), jnp.zeros((5, 1, 2, 1, 1)))
-        self.assertEqual(letters(slid.kv), after)
+        assert letters(slid.kv) == after
 
 
 class WindowTest(chex.TestCase, parameterized.TestCase):
@@ -97,10 +98,10 @@ class WindowTest(chex.TestCase, parameterized.TestCase):
     @chex.all_variants(with_pmap=False)
     def test_append_to_a_full_window_changes_nothing_and_says_so(self):
         full = window(tokens(CONFIG.context_length))
-        self.assertTrue(bool(self.variant(windows.is_full)(full)))
+        assert bool(self.variant(windows.is_full)(full))
         grown = self.variant(windows.append)(full, jnp.asarray(tokens(1, seed=9)[0]))
         chex.assert_trees_all_equal(grown, full)
-        self.assertFalse(bool(windows.is_full(window(tokens(CONFIG.context_length - 1)))))
+        assert not bool(windows.is_full(window(tokens(CONFIG.context_length - 1))))
 
     @chex.all_variants(with_pmap=False)
     @parameterized.parameters(range(CONFIG.context_length + 1))
@@ -142,7 +143,7 @@ class WindowTest(chex.TestCase, parameterized.TestCase):
         correction = np.stack(tokens(CONFIG.kept_length, seed=1))
         slid = self.variant(windows.slide)(window(held), jnp.asarray(correction))
         expected = oracle.slide(held, CONFIG.context_length, correction)
-        self.assertEqual(int(slid.length), 5 if length == 7 else length)
+        assert int(slid.length) == (5 if length == 7 else length)
         chex.assert_trees_all_equal(slid, window(expected))
 
     @parameterized.parameters(4, 6, 20)
@@ -196,13 +197,13 @@ class BadInputTest(parameterized.TestCase):
     )
     def test_configuration(self, change, message):
         fields = {"context_length": 8, "num_layers": 2, "num_heads": 3, "head_dim": 4}
-        with self.assertRaisesRegex(ValueError, message):
+        with pytest.raises(ValueError, match=message):
             WindowConfig(**(fields | change))
 
     def test_append_of_a_token_of_another_shape(self):
-        with self.assertRaises(AssertionError):
+        with pytest.raises(AssertionError):
             windows.append(window([]), jnp.zeros((2, 2, 3, 5)))
 
     def test_slide_with_a_correction_of_another_length(self):
-        with self.assertRaises(AssertionError):
+        with pytest.raises(AssertionError):
             windows.slide(window([]), jnp.zeros((4, *SHAPE)))
