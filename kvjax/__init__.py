@@ -2,20 +2,39 @@
 
 from kvjax import lightzero, ops
 from kvjax.config import SearchConfig, WindowConfig, WorldModelConfig
+from kvjax.inference import CacheMissError, initial_inference, recurrent_inference
 from kvjax.search import init_contexts, search
-from kvjax.types import AlignedWindow, Contexts, Prediction, SearchOutput, Window
+from kvjax.store import init_store, stats
+from kvjax.types import (
+    AlignedWindow,
+    Contexts,
+    Inference,
+    Pool,
+    Prediction,
+    SearchOutput,
+    Store,
+    Window,
+)
 
 __all__ = [
     "AlignedWindow",
+    "CacheMissError",
     "Contexts",
+    "Inference",
+    "Pool",
     "Prediction",
     "SearchConfig",
     "SearchOutput",
+    "Store",
     "Window",
     "WindowConfig",
     "WorldModelConfig",
     "init_contexts",
+    "init_store",
+    "initial_inference",
     "lightzero",
     "ops",
+    "recurrent_inference",
     "search",
+    "stats",
 ]

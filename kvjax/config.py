@@ -15,21 +15,23 @@ Layout = Literal["0.2.0", "main"]
 Norm = Literal["simnorm", "layernorm"]
 
 
-def _require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str) -> None:
+    """Raises `ValueError` with the message unless the condition holds."""
     if not condition:
         raise ValueError(message)
 
 
-def _require_positive(owner: Any, *names: str) -> None:
+def require_positive(owner: Any, *names: str) -> None:
+    """Raises `ValueError` unless each named field is a positive integer."""
     for name in names:
         value = getattr(owner, name)
         is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-        _require(is_count, f"{name} must be a positive integer, got {value!r}")
+        require(is_count, f"{name} must be a positive integer, got {value!r}")
 
 
-def _require_one_of(owner: Any, name: str, allowed: tuple[str, ...]) -> None:
-    value = getattr(owner, name)
-    _require(value in allowed, f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+def require_one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    """Raises `ValueError` unless the value is one of the allowed ones."""
+    require(value in allowed, f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,19 +50,19 @@ class WindowConfig:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        _require_positive(self, "context_length", "num_layers", "num_heads", "head_dim")
+        require_positive(self, "context_length", "num_layers", "num_heads", "head_dim")
         length = self.context_length
-        _require(
+        require(
             length % BLOCK == 0,
             f"context_length must be even (blocks of {BLOCK} tokens), got {length}: an odd window"
             " loses its newest observation when it slides",
         )
-        _require(
+        require(
             length >= MIN_CONTEXT,
             f"context_length must be at least {MIN_CONTEXT}, got {length}: a shorter window keeps"
             " nothing between steps",
         )
-        _require_one_of(self, "dtype", DTYPES)
+        require_one_of("dtype", self.dtype, DTYPES)
 
     @property
     def full_length(self) -> int:
@@ -107,19 +109,19 @@ class WorldModelConfig:
 
     def __post_init__(self) -> None:
         sizes = ("embed_dim", "num_layers", "num_heads", "num_actions", "max_tokens")
-        _require_positive(self, *sizes, "simnorm_group")
-        _require(
+        require_positive(self, *sizes, "simnorm_group")
+        require(
             self.embed_dim % self.num_heads == 0,
             f"num_heads must divide embed_dim {self.embed_dim}, got {self.num_heads}",
         )
         if self.observation_size is not None:
-            _require_positive(self, "observation_size")
+            require_positive(self, "observation_size")
         first, last = self.support
-        _require(first < last, f"support must be (first, last), first < last, got {first, last}")
-        _require_one_of(self, "layout", ("0.2.0", "main"))
+        require(first < last, f"support must be (first, last), first < last, got {first, last}")
+        require_one_of("layout", self.layout, ("0.2.0", "main"))
         for name in ("encoder_norm", "latent_norm"):
-            _require_one_of(self, name, ("simnorm", "layernorm"))
-        _require(
+            require_one_of(name, getattr(self, name), ("simnorm", "layernorm"))
+        require(
             "simnorm" not in (self.encoder_norm, self.latent_norm)
             or self.embed_dim % self.simnorm_group == 0,
             f"simnorm_group must divide embed_dim {self.embed_dim}, got {self.simnorm_group}",
@@ -170,15 +172,15 @@ class SearchConfig:
     pb_c_base: float = 19652.0
 
     def __post_init__(self) -> None:
-        _require_positive(self, "num_simulations")
-        _require(0.0 < self.discount <= 1.0, f"discount must be in (0, 1], got {self.discount}")
+        require_positive(self, "num_simulations")
+        require(0.0 < self.discount <= 1.0, f"discount must be in (0, 1], got {self.discount}")
         fraction = self.noise_fraction
-        _require(0.0 <= fraction <= 1.0, f"noise_fraction must be in [0, 1], got {fraction}")
+        require(0.0 <= fraction <= 1.0, f"noise_fraction must be in [0, 1], got {fraction}")
         alpha, base = self.dirichlet_alpha, self.pb_c_base
-        _require(alpha > 0.0, f"dirichlet_alpha must be above 0, got {alpha}")
-        _require(base > 0.0, f"pb_c_base must be above 0, got {base}")
+        require(alpha > 0.0, f"dirichlet_alpha must be above 0, got {alpha}")
+        require(base > 0.0, f"pb_c_base must be above 0, got {base}")
         temperature = self.temperature
-        _require(temperature >= 0.0, f"temperature must be at least 0, got {temperature}")
+        require(temperature >= 0.0, f"temperature must be at least 0, got {temperature}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,7 +195,7 @@ class EnvironmentConfig:
     observation_scale: tuple[float, ...] | None = None  # factor per entry; None leaves it as it is
 
     def __post_init__(self) -> None:
-        _require(bool(self.env_id), "env_id must name a Gymnasium environment, got ''")
+        require(bool(self.env_id), "env_id must name a Gymnasium environment, got ''")
         scale = self.observation_scale
         is_vector = scale is None or all(isinstance(factor, int | float) for factor in scale)
-        _require(is_vector, f"observation_scale must be numbers, got {scale!r}")
+        require(is_vector, f"observation_scale must be numbers, got {scale!r}")

@@ -28,6 +28,13 @@ def _push(
     return hidden, windows.append(window, kv_token)
 
 
+def observe(
+    params: Params, window: Window, latent: jax.Array, *, config: WorldModelConfig
+) -> Window:
+    """Pushes an observation's latent [E] and predicts nothing; the window does not slide."""
+    return _push(params, latent, window, config)[1]
+
+
 def root_step(
     params: Params,
     correction: jax.Array,

@@ -5,6 +5,7 @@ A actions, S support bins. Types hold one item; batches lead every array with B.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -63,3 +64,49 @@ class SearchOutput:
     q_values: jax.Array  # [B, A] of the root's actions, 0 where never visited
     prior: jax.Array  # [B, A] the network's policy over legal actions, noise left out
     network_value: jax.Array  # [B] the network's own value of the root
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("records", "heads", "segments", "entries"),
+    meta_fields=("eviction",),
+)
+@dataclasses.dataclass(frozen=True)
+class Pool:
+    """P segments of S hashed slots, see `kvjax.pool`."""
+
+    records: jax.Array  # [P * S + 1, 6 + K] uint32: links, age and key of each slot
+    heads: jax.Array  # [P * M + 1] uint32: first slot of each bucket's chain
+    segments: jax.Array  # [P, 3] uint32: cursor, clock and era
+    entries: Any  # rows [P * S, ...]
+    eviction: str  # static
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("roots", "nodes", "epoch", "counters"),
+    meta_fields=("verify_keys",),
+)
+@dataclasses.dataclass(frozen=True)
+class Store:
+    """Windows by latent: one root pool per environment and a shared recurrent pool."""
+
+    roots: Pool  # one segment per environment
+    nodes: Pool  # a single segment
+    epoch: jax.Array  # [] uint32, counts parameter updates
+    counters: jax.Array  # [N] uint32, see `kvjax.statistics.COUNTERS`
+    verify_keys: bool  # static: keys hold the latent itself
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Inference:
+    """Result of one inference step of a store; a `Prediction` per row, and how it was looked up."""
+
+    latent: jax.Array  # [B, E] latent of the new node
+    reward: jax.Array  # [B, R] logits; zero at roots
+    policy: jax.Array  # [B, A] logits
+    value: jax.Array  # [B, R] logits
+    hit: jax.Array  # [B] bool, the parent's window was found (a first step needs none: False)
+    slot: jax.Array  # [B] int32 handle of the new window, NO_SLOT if it is not stored
+    valid: jax.Array  # [B] bool, False: an id was out of range, the row is NaN and not stored

@@ -1,5 +1,5 @@
 """Pure functions on one item; `jax.vmap` at the edges."""
 
-from kvjax.ops import attention, position, support, window
+from kvjax.ops import attention, hashing, position, support, window
 
-__all__ = ["attention", "position", "support", "window"]
+__all__ = ["attention", "hashing", "position", "support", "window"]

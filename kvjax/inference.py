@@ -1,0 +1,383 @@
+"""Inference steps for a tree that lives outside: find the caches, run the model, store the results.
+
+Each step is one jitted call for the whole batch and moves the store: its buffers are donated, the
+store that was passed in is gone, use the one that comes back. (Inside a jit of your own nothing is
+donated unless you donate it there.)
+
+Shapes: B rows, E embedding size, A actions, R support bins.
+"""
+
+import functools
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kvjax import pool as pools
+from kvjax import step, world_model
+from kvjax import store as stores
+from kvjax.config import WorldModelConfig, require_one_of
+from kvjax.ops import hashing
+from kvjax.ops import window as windows
+from kvjax.types import Inference, Params, Store, Window
+
+ArrayLike = jax.Array | np.ndarray[Any, Any]
+MissPolicy = Literal["context_free", "error"]
+MISS_POLICIES = ("context_free", "error")
+
+
+class CacheMissError(LookupError):
+    """A window was not found and the miss policy is "error". Nothing was stored.
+
+    Attributes:
+      store: the store as it was before the step, but for its statistics.
+      rows: indices of the rows that missed.
+    """
+
+    def __init__(self, store: Store, rows: list[int]) -> None:
+        super().__init__(f"no window stored for rows {rows}")
+        self.store = store
+        self.rows = rows
+
+
+def initial_inference(
+    params: Params,
+    store: Store,
+    last_latent: ArrayLike,
+    action: ArrayLike,
+    latent: ArrayLike,
+    env_id: ArrayLike,
+    timestep: ArrayLike,
+    *,
+    config: WorldModelConfig,
+    miss_policy: MissPolicy = "context_free",
+    reanalysis: bool = False,
+    priority: ArrayLike | None = None,
+) -> tuple[Store, Inference]:
+    """A root step: pushes what the environments did, predicts, and stores the new root windows.
+
+    A row's window is looked up by `last_latent` in its environment's root pool. All searched nodes
+    are forgotten afterwards.
+
+    Args:
+      store: moved, see the module's text.
+      last_latent: [B, E] float32, of the observation before; not read in first steps.
+      action: [B] integer, the action taken there; -1 marks an environment's first step.
+      latent: [B, E] float32, of the current observation.
+      env_id: [B] integer in 0 .. P - 1; any subset, in any order.
+      timestep: [B] integer, of the current observation (the default priority).
+      miss_policy: "context_free" continues from the last observation alone, as LightZero does;
+        "error" raises and stores nothing.
+      reanalysis: look nothing up and store nothing; every row is free of context.
+      priority: [B] float32 for the "priority" eviction; `timestep` by default.
+
+    Returns:
+      The store and an `Inference`. Rows with an id out of range (which only values on the host can
+      be checked for in advance) have `valid` False and NaN predictions and are not stored.
+
+    Raises:
+      ValueError: shapes or dtypes do not fit, or host arrays hold ids out of range.
+      CacheMissError: a row missed and the policy is "error".
+    """
+    rows = _num_rows(latent)
+    ids = {"action": action, "env_id": env_id, "timestep": timestep}
+    _validate(store, config, rows, {"last_latent": last_latent, "latent": latent}, ids)
+    require_one_of("miss_policy", miss_policy, MISS_POLICIES)
+    _validate_range("action", action, step.FIRST_STEP, config.num_actions - 1)
+    store, out = _initial(
+        params,
+        store,
+        last_latent,
+        action,
+        latent,
+        env_id,
+        timestep,
+        priority,
+        config=config,
+        miss_policy=miss_policy,
+        reanalysis=reanalysis,
+    )
+    if miss_policy == "error" and not reanalysis:
+        _raise_on_miss(store, out.valid & ~out.hit & (action != step.FIRST_STEP))
+    return store, out
+
+
+def recurrent_inference(
+    params: Params,
+    store: Store,
+    latent: ArrayLike,
+    action: ArrayLike,
+    env_id: ArrayLike,
+    depth: ArrayLike,
+    timestep: ArrayLike,
+    *,
+    config: WorldModelConfig,
+    slot: ArrayLike | None = None,
+    miss_policy: MissPolicy = "context_free",
+    reanalysis: bool = False,
+    pads_are_read: bool = False,
+    priority: ArrayLike | None = None,
+) -> tuple[Store, Inference]:
+    """A searched step: finds each parent's window, imagines one step, stores the child's window.
+
+    A parent is looked up by its latent, in its environment's root pool and then among the searched
+    nodes. Equal latents with different histories share that key. With `slot` (an earlier result's
+    `slot`) parents are found by handle instead and children are filed by their path, so that equal
+    latents are kept apart; use one way or the other for a whole search.
+
+    Args:
+      store: moved, see the module's text.
+      latent: [B, E] float32, of the parent nodes.
+      action: [B] integer in 0 .. A - 1.
+      env_id: [B] integer in 0 .. P - 1.
+      depth: [B] integer, of the new nodes below their root (the default priority, shallow first).
+      timestep: [B] integer, of the roots; read by rotary positions only.
+      slot: [B] int32 handles of the parents' windows.
+      miss_policy, reanalysis: as in `initial_inference`.
+      pads_are_read: reproduce release 0.2.0, whose rows attend to the padding of their batch.
+      priority: [B] float32 for the "priority" eviction; `-depth` by default.
+
+    Returns:
+      The store and an `Inference`, as `initial_inference`.
+
+    Raises:
+      ValueError, CacheMissError: as `initial_inference`; and more rows than the node pool's slots.
+    """
+    rows = _num_rows(latent)
+    ids = {"action": action, "env_id": env_id, "depth": depth, "timestep": timestep}
+    ids |= {} if slot is None else {"slot": slot}
+    _validate(store, config, rows, {"latent": latent}, ids)
+    require_one_of("miss_policy", miss_policy, MISS_POLICIES)
+    _validate_range("action", action, 0, config.num_actions - 1)
+    if rows > pools.total_slots(store.nodes):
+        raise ValueError(f"{rows} rows do not fit into {pools.total_slots(store.nodes)} node slots")
+    store, out = _recurrent(
+        params,
+        store,
+        latent,
+        action,
+        env_id,
+        depth,
+        slot,
+        priority,
+        config=config,
+        miss_policy=miss_policy,
+        reanalysis=reanalysis,
+        pads_are_read=pads_are_read,
+    )
+    if miss_policy == "error" and not reanalysis:
+        _raise_on_miss(store, out.valid & ~out.hit)
+    return store, out
+
+
+def _num_rows(latent: ArrayLike) -> int:
+    shape = np.shape(latent)
+    if len(shape) != 2 or shape[0] < 1:
+        raise ValueError(f"latent must have shape [B, E] with at least one row, got {shape}")
+    return int(shape[0])
+
+
+def _validate(
+    store: Store,
+    config: WorldModelConfig,
+    rows: int,
+    latents: dict[str, ArrayLike],
+    ids: dict[str, ArrayLike],
+) -> None:
+    _validate_store(store, config)
+    for name, value in latents.items():
+        expected = (rows, config.embed_dim)
+        if np.shape(value) != expected or value.dtype != jnp.float32:
+            raise ValueError(
+                f"{name} must be float32 of shape {expected}, got {value.dtype} {np.shape(value)}"
+            )
+    for name, value in ids.items():
+        is_integer = hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jnp.integer)
+        if np.shape(value) != (rows,) or not is_integer:
+            dtype = getattr(value, "dtype", type(value).__name__)
+            raise ValueError(
+                f"{name} must be integers of shape {(rows,)}, got {dtype} {np.shape(value)}"
+            )
+    _validate_range("env_id", ids["env_id"], 0, stores.num_envs(store) - 1)
+
+
+def _validate_store(store: Store, config: WorldModelConfig) -> None:
+    held = store.roots.entries.kv
+    expected = (config.window.kept_length, *config.window.token_shape)
+    if held.shape[1:] != expected or held.dtype != config.dtype:
+        raise ValueError(
+            f"the store holds windows {held.dtype} {held.shape[1:]}, the model's are"
+            f" {config.dtype} {expected}"
+        )
+
+
+def _validate_range(name: str, value: ArrayLike, first: int, last: int) -> None:
+    """Host arrays only: looking into a device array would wait for it."""
+    if isinstance(value, np.ndarray) and ((value < first) | (value > last)).any():
+        raise ValueError(f"{name} must be in {first} .. {last}, got {value.tolist()}")
+
+
+def _raise_on_miss(store: Store, missed: jax.Array) -> None:
+    """On the host only: while an outer jit traces, nobody can tell."""
+    if not isinstance(missed, jax.core.Tracer) and missed.any():
+        raise CacheMissError(store, np.flatnonzero(missed).tolist())
+
+
+@functools.partial(
+    jax.jit, static_argnames=("config", "miss_policy", "reanalysis"), donate_argnames=("store",)
+)
+def _initial(
+    params: Params,
+    store: Store,
+    last_latent: jax.Array,
+    action: jax.Array,
+    latent: jax.Array,
+    env_id: jax.Array,
+    timestep: jax.Array,
+    priority: jax.Array | None,
+    *,
+    config: WorldModelConfig,
+    miss_policy: MissPolicy,
+    reanalysis: bool,
+) -> tuple[Store, Inference]:
+    valid = _in_range(env_id, stores.num_envs(store))
+    valid &= (action >= step.FIRST_STEP) & (action < config.num_actions)
+    continues = valid & (action != step.FIRST_STEP)
+    asks = continues & (not reanalysis)
+    last_keys = stores.latent_keys(store, last_latent, env_id)
+    found = stores.only(stores.find(store, last_keys, env_id, roots_only=True), asks)
+    missed = continues & ~found.hit
+    kept = _kept(valid, missed, miss_policy, reanalysis)
+    window = _with_context(params, stores.take(store, found), last_latent, missed, config)
+    store = stores.count_lookups(store, found, asks, roots_only=True)
+    store = stores.count_padding(store, window.length, continues)
+    store = stores.touch(store, stores.only(found, kept))
+
+    correction = world_model.slide_correction(params, config=config)
+    push = functools.partial(step.root_step, params, correction, config=config)
+    window, policy, value = jax.vmap(push)(window, action, latent)
+    keys = stores.latent_keys(store, latent, env_id)
+    rank = timestep if priority is None else priority
+    store, handle = stores.add_roots(
+        store, keys, env_id, window, priority=rank.astype(jnp.float32), valid=kept
+    )
+    store = stores.clear_nodes(store, when=jnp.any(kept))
+    out = Inference(
+        latent=latent,
+        reward=jnp.zeros_like(value),
+        policy=policy,
+        value=value,
+        hit=found.hit,
+        slot=handle,
+        valid=valid,
+    )
+    return store, _poison(out)
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("config", "miss_policy", "reanalysis", "pads_are_read"),
+    donate_argnames=("store",),
+)
+def _recurrent(
+    params: Params,
+    store: Store,
+    latent: jax.Array,
+    action: jax.Array,
+    env_id: jax.Array,
+    depth: jax.Array,
+    slot: jax.Array | None,
+    priority: jax.Array | None,
+    *,
+    config: WorldModelConfig,
+    miss_policy: MissPolicy,
+    reanalysis: bool,
+    pads_are_read: bool,
+) -> tuple[Store, Inference]:
+    valid = _in_range(env_id, stores.num_envs(store)) & _in_range(action, config.num_actions)
+    keys = stores.latent_keys(store, latent, env_id)
+    if slot is None:
+        found = stores.find(store, keys, env_id)
+    else:
+        found = stores.resolve(store, slot, env_id)
+        keys = jnp.where(found.hit[:, None], stores.keys_of(store, found), keys)
+    asks = valid & (not reanalysis)
+    found = stores.only(found, asks)
+    missed = valid & ~found.hit
+    kept = _kept(valid, missed, miss_policy, reanalysis)
+    window = _with_context(params, stores.take(store, found), latent, missed, config)
+    store = stores.count_lookups(store, found, asks)
+    store = stores.count_padding(store, window.length, valid)
+    store = stores.touch(store, stores.only(found, kept))
+
+    correction = world_model.slide_correction(params, config=config)
+    pads = jnp.max(window.length) - window.length if pads_are_read else None
+    imagine = functools.partial(step.recurrent_step, params, correction, config=config)
+    window, imagined = jax.vmap(lambda w, a, p: imagine(w, a, zero_keys=p))(window, action, pads)
+    if slot is None:
+        child_keys = stores.latent_keys(store, imagined.latent, env_id)
+    else:
+        child_keys = jax.vmap(hashing.path_key)(keys, action)
+    rank = -depth if priority is None else priority
+    store, handle = stores.add_nodes(
+        store, child_keys, window, priority=rank.astype(jnp.float32), valid=kept
+    )
+    out = Inference(
+        latent=imagined.latent,
+        reward=imagined.reward,
+        policy=imagined.policy,
+        value=imagined.value,
+        hit=found.hit,
+        slot=handle,
+        valid=valid,
+    )
+    return store, _poison(out)
+
+
+def _in_range(ids: jax.Array, size: int) -> jax.Array:
+    return (ids >= 0) & (ids < size)
+
+
+def _kept(
+    valid: jax.Array, missed: jax.Array, miss_policy: MissPolicy, reanalysis: bool
+) -> jax.Array:
+    """Which rows may be stored: [B] bool."""
+    if reanalysis:
+        return jnp.zeros_like(valid)
+    return valid & ~jnp.any(missed) if miss_policy == "error" else valid
+
+
+def _with_context(
+    params: Params, window: Window, latent: jax.Array, missed: jax.Array, config: WorldModelConfig
+) -> Window:
+    """Gives rows that missed a context of one token, their latent's; free of cost if none did."""
+
+    def alone(_: Window) -> Window:
+        push = functools.partial(step.observe, params, config=config)
+        return jax.vmap(lambda x: push(windows.init(config.window), x))(latent)
+
+    rebuilt = jax.lax.cond(jnp.any(missed), alone, lambda unchanged: unchanged, window)
+
+    def choose(a: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.where(missed.reshape(-1, *[1] * (a.ndim - 1)), a, b)
+
+    chosen: Window = jax.tree.map(choose, rebuilt, window)
+    return chosen
+
+
+def _poison(out: Inference) -> Inference:
+    """NaN for rows that are not valid, so that nobody plans with them unnoticed."""
+
+    def poison(x: jax.Array) -> jax.Array:
+        return jnp.where(out.valid[:, None], x, jnp.nan)
+
+    return Inference(
+        latent=poison(out.latent),
+        reward=poison(out.reward),
+        policy=poison(out.policy),
+        value=poison(out.value),
+        hit=out.hit,
+        slot=out.slot,
+        valid=out.valid,
+    )

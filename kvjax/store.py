@@ -1,0 +1,338 @@
+"""Windows by latent: a root pool per environment, then one shared pool of searched nodes.
+
+The store knows windows and keys, but no model. A window is kept without the slots that no stored
+window ever uses (the longest has C - 3 tokens).
+
+Handles name a window exactly: an index over both pools, and how often that slot was given to a new
+key. A handle whose slot was given away or cleared is recognised and misses.
+
+Shapes: B rows, E embedding size, C context_length in tokens, P environments.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kvjax import pool as pools
+from kvjax import statistics
+from kvjax.config import BLOCK, WorldModelConfig, require
+from kvjax.ops import hashing
+from kvjax.ops import window as windows
+from kvjax.pool import NO_SLOT
+from kvjax.types import Pool, Store, Window
+
+_MIN_ROOT_SLOTS = 256
+_MAX_ROOT_SLOTS = 5000
+_HANDLES = np.uint32(1 << 31)  # handles are not negative
+
+_replace = dataclasses.replace
+
+
+def init_store(
+    config: WorldModelConfig,
+    num_envs: int,
+    num_simulations: int,
+    *,
+    root_slots: int | None = None,
+    node_slots: int | None = None,
+    eviction: pools.Eviction = "fifo",
+    verify_keys: bool = False,
+) -> Store:
+    """An empty store.
+
+    Args:
+      config: whose windows are stored; `config.dtype` is the entries' dtype.
+      num_envs: P, environments, each with a root pool of its own.
+      num_simulations: simulations of one search.
+      root_slots: slots of each root pool; LightZero's `min(5000, max(256, 2 * num_simulations))` by
+        default.
+      node_slots: slots of the shared pool; `num_simulations * num_envs` by default, and no fewer,
+        so that a search never evicts its own nodes.
+      eviction: policy of all pools, see `kvjax.pool.init`.
+      verify_keys: keys hold the latent itself, so that two latents are never taken for one.
+
+    Raises:
+      ValueError: a size below 1, a node pool smaller than a search, or an unknown policy.
+    """
+    for name, size in {"num_envs": num_envs, "num_simulations": num_simulations}.items():
+        require(size >= 1, f"{name} must be at least 1, got {size}")
+    search_size = num_simulations * num_envs
+    if root_slots is None:
+        root_slots = min(_MAX_ROOT_SLOTS, max(_MIN_ROOT_SLOTS, 2 * num_simulations))
+    if node_slots is None:
+        node_slots = search_size
+    require(
+        node_slots >= search_size,
+        f"node_slots {node_slots} cannot hold a search of {num_envs} environments and"
+        f" {num_simulations} simulations: at least {search_size} are needed",
+    )
+    entry = _pack(windows.init(config.window))
+    key_lanes = hashing.KEY_LANES + (config.embed_dim if verify_keys else 0)
+
+    def make(num_slots: int, num_segments: int) -> Pool:
+        return pools.init(
+            entry,
+            num_slots=num_slots,
+            num_segments=num_segments,
+            key_lanes=key_lanes,
+            eviction=eviction,
+        )
+
+    return Store(
+        roots=make(root_slots, num_envs),
+        nodes=make(node_slots, 1),
+        epoch=jnp.zeros((), jnp.uint32),
+        counters=statistics.init(),
+        verify_keys=verify_keys,
+    )
+
+
+def num_envs(store: Store) -> int:
+    """P, environments of a store."""
+    return store.roots.segments.shape[0]
+
+
+def _pack(window: Window) -> Window:
+    """Leaves out slots that no stored window uses: `kv` [.., C, ..] to [.., C - 3, ..]."""
+    return _replace(window, kv=window.kv[..., : -(1 + BLOCK), :, :, :, :])
+
+
+def _unpack(window: Window) -> Window:
+    """Undoes `_pack`."""
+    pad = [(0, 0)] * (window.kv.ndim - 5) + [(0, 1 + BLOCK)] + [(0, 0)] * 4
+    return _replace(window, kv=jnp.pad(window.kv, pad))
+
+
+def latent_keys(store: Store, latent: jax.Array, env_id: jax.Array) -> jax.Array:
+    """Keys of latents [B, E] in environments [B] under the current epoch: [B, K] uint32."""
+    return jax.vmap(
+        lambda x, env: hashing.latent_key(x, env, store.epoch, verify=store.verify_keys)
+    )(latent, env_id)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """Where rows were found; at most one of the two is a slot."""
+
+    root: jax.Array  # [B] int32 slot of the root pools, or NO_SLOT
+    node: jax.Array  # [B] int32 slot of the node pool, or NO_SLOT
+    false_match: jax.Array  # [B] bool, another key with the same 32 bits was met
+
+    @property
+    def hit(self) -> jax.Array:
+        """Whether the row was found at all: [B] bool."""
+        return (self.root != NO_SLOT) | (self.node != NO_SLOT)
+
+
+def only(found: Found, rows: jax.Array) -> Found:
+    """Leaves out all rows but those of `rows` [B] bool."""
+    return Found(
+        root=jnp.where(rows, found.root, NO_SLOT),
+        node=jnp.where(rows, found.node, NO_SLOT),
+        false_match=found.false_match & rows,
+    )
+
+
+def find(store: Store, keys: jax.Array, env_id: jax.Array, *, roots_only: bool = False) -> Found:
+    """Looks keys up in their environment's root pool, then in the node pool.
+
+    Args:
+      keys: [B, K] uint32.
+      env_id: [B] int32 in 0 .. P - 1.
+      roots_only: as LightZero does at root steps.
+    """
+    lookup = jax.vmap(pools.find, in_axes=(None, 0, 0))
+    root, false_root = lookup(store.roots, keys, env_id)
+    if roots_only:
+        return Found(root, jnp.full_like(root, NO_SLOT), false_root)
+    node, false_node = lookup(store.nodes, keys, jnp.zeros_like(env_id))
+    found_root = root != NO_SLOT
+    return Found(
+        root, jnp.where(found_root, NO_SLOT, node), false_root | (false_node & ~found_root)
+    )
+
+
+def take(store: Store, found: Found) -> Window:
+    """Windows of found rows, empty ones for the others: `kv` [B, C, L, 2, H, D], `length` [B]."""
+    root, node = pools.take(store.roots, found.root), pools.take(store.nodes, found.node)
+    in_root = found.root != NO_SLOT
+
+    def choose(a: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.where(in_root.reshape(-1, *[1] * (a.ndim - 1)), a, b)
+
+    return _unpack(jax.tree.map(choose, root, node))
+
+
+def touch(store: Store, found: Found) -> Store:
+    """Renews the age of found rows, in row order; only LRU minds."""
+    return _replace(
+        store,
+        roots=pools.touch(store.roots, found.root),
+        nodes=pools.touch(store.nodes, found.node),
+    )
+
+
+def add_roots(
+    store: Store,
+    keys: jax.Array,
+    env_id: jax.Array,
+    window: Window,
+    *,
+    priority: jax.Array | None = None,
+    valid: jax.Array | None = None,
+) -> tuple[Store, jax.Array]:
+    """Stores root windows in their environments' pools; the store and handles [B] int32."""
+    priority = priority if store.roots.eviction == "priority" else None
+    roots, slot, evicted = pools.add(
+        store.roots, keys, env_id, _pack(window), priorities=priority, valid=valid
+    )
+    lost = slot == NO_SLOT if valid is None else valid & (slot == NO_SLOT)
+    store = _replace(store, roots=roots)
+    store = _count(store, root_evictions=jnp.sum(evicted), not_stored=jnp.sum(lost))
+    return store, _handle(store, roots, slot, 0)
+
+
+def add_nodes(
+    store: Store,
+    keys: jax.Array,
+    window: Window,
+    *,
+    priority: jax.Array | None = None,
+    valid: jax.Array | None = None,
+) -> tuple[Store, jax.Array]:
+    """Stores searched windows in the shared pool; the store and handles [B] int32."""
+    priority = priority if store.nodes.eviction == "priority" else None
+    segment = jnp.zeros(keys.shape[0], jnp.int32)
+    nodes, slot, evicted = pools.add(
+        store.nodes, keys, segment, _pack(window), priorities=priority, valid=valid
+    )
+    lost = slot == NO_SLOT if valid is None else valid & (slot == NO_SLOT)
+    store = _replace(store, nodes=nodes)
+    store = _count(store, node_evictions=jnp.sum(evicted), not_stored=jnp.sum(lost))
+    return store, _handle(store, nodes, slot, pools.total_slots(store.roots))
+
+
+def _all_slots(store: Store) -> int:
+    return pools.total_slots(store.roots) + pools.total_slots(store.nodes)
+
+
+def _generations(store: Store) -> np.uint32:
+    """How many generations of a slot a handle tells apart."""
+    return np.uint32(_HANDLES // np.uint32(_all_slots(store)))
+
+
+def _handle(store: Store, pool: Pool, slot: jax.Array, offset: int) -> jax.Array:
+    generation = pool.records[slot, pools.GENERATION] % _generations(store)
+    index = slot.astype(jnp.uint32) + np.uint32(offset)
+    handle = generation * np.uint32(_all_slots(store)) + index
+    return jnp.where(slot == NO_SLOT, NO_SLOT, handle.astype(jnp.int32))
+
+
+def resolve(store: Store, handle: jax.Array, env_id: jax.Array) -> Found:
+    """Finds windows by handle; one that is no longer that window, or another's, misses.
+
+    Args:
+      handle: [B] int32 from `add_roots` or `add_nodes`.
+      env_id: [B] int32, whose windows the handles must be.
+    """
+    index = jnp.where(handle < 0, 0, handle) % _all_slots(store)
+    offset = pools.total_slots(store.roots)
+
+    def check(pool: Pool, slot: jax.Array, start: int) -> jax.Array:
+        inside = (handle >= 0) & (slot >= 0) & (slot < pools.total_slots(pool))
+        slot = jnp.where(inside, slot, 0)
+        lanes = pool.records[slot, pools.KEY :]
+        same = (lanes[:, hashing.ENV_LANE] == env_id.astype(jnp.uint32)) & (
+            lanes[:, hashing.EPOCH_LANE] == store.epoch
+        )
+        same &= _handle(store, pool, slot, start) == handle
+        return jnp.where(inside & pools.is_live(pool, slot) & same, slot, NO_SLOT)
+
+    return Found(
+        root=check(store.roots, index, 0),
+        node=check(store.nodes, index - offset, offset),
+        false_match=jnp.zeros(handle.shape, bool),
+    )
+
+
+def keys_of(store: Store, found: Found) -> jax.Array:
+    """Keys under which found rows are stored: [B, K] uint32, zeros for the others."""
+    root = store.roots.records[found.root, pools.KEY :]
+    node = store.nodes.records[found.node, pools.KEY :]
+    keys = jnp.where((found.root != NO_SLOT)[:, None], root, node)
+    return jnp.where(found.hit[:, None], keys, 0)
+
+
+def clear_nodes(store: Store, when: jax.Array | bool = True) -> Store:
+    """Forgets all searched nodes, as after every root step; only `when` [] bool holds."""
+    cleared = pools.clear(store.nodes)
+    segments = jnp.where(when, cleared.segments, store.nodes.segments)
+    return _replace(store, nodes=_replace(cleared, segments=segments))
+
+
+def clear_environment(store: Store, env_id: jax.Array | int) -> Store:
+    """Forgets one environment's roots and nodes, as at the end of its episode.
+
+    Args:
+      env_id: [] integer in 0 .. P - 1.
+    """
+    owner = store.nodes.records[:-1, pools.KEY + hashing.ENV_LANE]
+    theirs = owner == jnp.asarray(env_id).astype(jnp.uint32)
+    return _replace(
+        store, roots=pools.clear(store.roots, env_id), nodes=pools.remove(store.nodes, theirs)
+    )
+
+
+def clear(store: Store) -> Store:
+    """Forgets everything but the counters and the epoch."""
+    return _replace(store, roots=pools.clear(store.roots), nodes=pools.clear(store.nodes))
+
+
+def new_epoch(store: Store) -> Store:
+    """Says that the parameters changed: what was stored before can never be found again."""
+    return _replace(clear(store), epoch=store.epoch + 1)
+
+
+def _count(store: Store, **amounts: jax.Array) -> Store:
+    return _replace(store, counters=statistics.add(store.counters, **amounts))
+
+
+def count_lookups(
+    store: Store, found: Found, asked: jax.Array, *, roots_only: bool = False
+) -> Store:
+    """Takes a batch of look-ups into the statistics; `asked` [B] bool are the rows that looked."""
+    hits = {"root_pool_hits": found.root, "node_pool_hits": found.node}
+    amounts = {name: jnp.sum(asked & (slot != NO_SLOT)) for name, slot in hits.items()}
+    amounts |= {"queries": jnp.sum(asked), "misses": jnp.sum(asked & ~found.hit)}
+    amounts |= {"false_matches": jnp.sum(asked & found.false_match)}
+    if roots_only:
+        amounts |= {"root_queries": jnp.sum(asked), "root_hits": jnp.sum(asked & found.hit)}
+    return _count(store, **amounts)
+
+
+def count_padding(store: Store, length: jax.Array, rows: jax.Array) -> Store:
+    """Counts the padding that aligning the chosen `rows` [B] bool of lengths [B] would take."""
+    pads = jnp.where(rows, jnp.max(jnp.where(rows, length, 0)) - length, 0)
+    store = _count(
+        store,
+        batches=jnp.any(rows),
+        unequal_batches=jnp.any(pads > 0),
+        padded_rows=jnp.sum(pads > 0),
+        pad_tokens=jnp.sum(pads),
+    )
+    counters = statistics.maximum(store.counters, largest_pad=jnp.max(pads))
+    return _replace(store, counters=counters)
+
+
+def stats(store: Store) -> statistics.Statistics:
+    """The statistics of a store, on the host."""
+    values: list[Any] = np.asarray(store.counters).tolist()
+    counted = statistics.Statistics(zip(statistics.COUNTERS, values, strict=True))
+    for name, pool in {"roots": store.roots, "nodes": store.nodes}.items():
+        counted[f"{name}_stored"] = int(np.sum(np.asarray(pools.is_live(pool))))
+        counted[f"{name}_slots"] = pools.total_slots(pool)
+    return counted
