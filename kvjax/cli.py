@@ -16,6 +16,7 @@ from rich.table import Table
 from kvjax import checkpoint
 from kvjax.checkpoint import Checkpoint
 from kvjax.config import EnvironmentConfig, SearchConfig
+from kvjax.planner import ROUTES
 
 DEFAULT_AGENT = "cartpole_masked"
 
@@ -56,11 +57,14 @@ def _parser() -> argparse.ArgumentParser:
     play.add_argument(
         "--no-context", action="store_true", help="push every step as an episode's first"
     )
+    play.add_argument(
+        "--route", choices=ROUTES, default="tree", help="the tree in one jit, or on the host"
+    )
     play.add_argument("--gif", metavar="PATH", help="write the first episode as an animation")
 
     verify = _command(commands, "verify", _verify, "replay a recorded LightZero trace")
     verify.add_argument("trace", metavar="TRACE.npz")
-    verify.add_argument("--route", choices=("tree",), default="tree")
+    verify.add_argument("--route", choices=ROUTES, default="tree")
     verify.add_argument("--tolerance", type=float, default=1e-4, help="largest absolute error")
 
     convert = _command(commands, "convert", _convert, "write a LightZero checkpoint as safetensors")
@@ -69,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_model_options(convert)
 
     bench = _command(commands, "bench", _bench, "measure speed as ratios in one run")
-    bench.add_argument("what", choices=("search",))
+    bench.add_argument("what", choices=("search", "ops"))
     bench.add_argument("--only", default="", metavar="SUBSTRING", help="e.g. embed=64,envs=8")
     return parser
 
@@ -148,6 +152,7 @@ def _play(args: argparse.Namespace) -> int:
             episodes=args.episodes,
             search_config=search_config,
             seed=args.seed,
+            route=args.route,
             keep_context=not args.no_context,
             gif_path=args.gif,
             progress=show,
@@ -174,7 +179,7 @@ def _play(args: argparse.Namespace) -> int:
 def _verify(args: argparse.Namespace) -> int:
     from kvjax.verify import verify
 
-    report = verify(args.trace, tolerance=args.tolerance)
+    report = verify(args.trace, route=args.route, tolerance=args.tolerance)
     if args.json:
         _print_json(report.as_json())
     else:
@@ -199,20 +204,22 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from kvjax.bench import search as bench_search
+    from kvjax.bench import ops, search
 
+    benchmark = {"search": search, "ops": ops}[args.what]
     with _progress_bar("measuring") as bar:
         task = bar.add_task("measuring", total=1.0)
-        result = bench_search.run(
+        result = benchmark.run(
             only=args.only,
             progress=lambda fraction, text: bar.update(task, completed=fraction, description=text),
         )
     if args.json:
         _print_json(result)
     else:
-        for row in result["rows"]:
-            cells = {k: f"{v:.3g}" if isinstance(v, float) else str(v) for k, v in row.items()}
-            _print_table("kvjax bench search", cells)
+        _print_rows(f"kvjax bench {args.what}", result["rows"])
+        for extra in result.keys() - {"machine", "versions", "rows"}:
+            found = result[extra]
+            _print_rows(extra, found if isinstance(found, list) else [found])
     return 0
 
 
@@ -230,6 +237,13 @@ def _print_table(title: str, rows: dict[str, str]) -> None:
     table = Table(title=title, title_justify="left", show_header=False)
     for name, value in rows.items():
         table.add_row(name, value)
+    Console().print(table)
+
+
+def _print_rows(title: str, rows: list[dict[str, Any]]) -> None:
+    table = Table(*rows[0], title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()))
     Console().print(table)
 
 

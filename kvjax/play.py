@@ -4,6 +4,7 @@ Shapes: B environments played side by side, A actions.
 """
 
 import dataclasses
+import functools
 import time
 import warnings
 from collections.abc import Callable
@@ -17,7 +18,7 @@ import numpy as np
 from kvjax import gif
 from kvjax.checkpoint import Checkpoint
 from kvjax.config import EnvironmentConfig, SearchConfig, WorldModelConfig
-from kvjax.search import init_contexts, search
+from kvjax.planner import Planner, make_planner
 from kvjax.step import FIRST_STEP
 
 Array = np.ndarray[Any, Any]
@@ -76,6 +77,7 @@ def play(
     episodes: int = 8,
     search_config: SearchConfig | None = None,
     seed: int = 0,
+    route: str = "tree",
     keep_context: bool = True,
     gif_path: str | Path | None = None,
     progress: Callable[[Status], None] = lambda status: None,
@@ -87,6 +89,7 @@ def play(
 
     Args:
       agent: a model whose checkpoint names its environment.
+      route: "tree" searches in one jit, "store" with trees on the host, see `kvjax.planner`.
       keep_context: False pushes every step as an episode's first, so that the window holds the
         current observation only.
       gif_path: where to write the first episode as an animation.
@@ -107,8 +110,11 @@ def play(
         for index in range(min(episodes, MAX_BATCH))
     ]
     try:
-        run = _Run(agent, rows, episodes, seed)
-        compile_seconds = run.compile(search_config or SearchConfig())
+        make = functools.partial(
+            make_planner, route, agent.params, agent.config, search_config or SearchConfig()
+        )
+        run = _Run(make(len(rows)), agent.environment.observation_scale, rows, episodes, seed)
+        compile_seconds = _compile(make(len(rows)), run)
         progress(run.status())
         while run.active():
             if frames is not None and rows[0].episode == 0:
@@ -133,11 +139,17 @@ def play(
 class _Run:
     """Episodes in progress: the host's side of the loop."""
 
-    def __init__(self, agent: Checkpoint, rows: list[_Row], episodes: int, seed: int) -> None:
-        self._agent, self._rows, self._seed = agent, rows, seed
-        self._environment = agent.environment
+    def __init__(
+        self,
+        plan: Planner,
+        scale: tuple[float, ...] | None,
+        rows: list[_Row],
+        episodes: int,
+        seed: int,
+    ) -> None:
+        self._plan, self._rows, self._seed = plan, rows, seed
+        self._scale = np.asarray(1.0 if scale is None else scale, np.float32)
         self._rng = jax.random.key(seed)
-        self._contexts = init_contexts(agent.config, len(rows))
         self._waiting = list(range(episodes))
         self.returns = [0.0] * episodes
         self.steps = 0
@@ -160,21 +172,19 @@ class _Run:
         mean = float(np.mean(finished)) if finished else float("nan")
         return Status(progress / len(self.returns), self.steps, len(finished), mean)
 
-    def compile(self, search_config: SearchConfig) -> float:
-        """Runs one search on throwaway contexts; returns the seconds that took."""
-        self._search_config = search_config
-        started = time.perf_counter()
-        self._plan(np.full(len(self._rows), FIRST_STEP))
-        return time.perf_counter() - started
+    def observation(self) -> Array:
+        """What the agent sees of each row: [B, observation_size] float32."""
+        seen = np.stack([row.observation for row in self._rows]).astype(np.float32)
+        return seen * self._scale
 
     def step(self, keep_context: bool) -> None:
         """Searches all rows at once and acts in each environment that is in an episode."""
         started = time.perf_counter()
         last_action = np.array([row.last_action for row in self._rows])
         self._rng = jax.random.fold_in(self._rng, self.steps)
-        self._contexts, actions = self._plan(
-            last_action if keep_context else np.full_like(last_action, FIRST_STEP)
-        )
+        if not keep_context:
+            last_action = np.full_like(last_action, FIRST_STEP)
+        actions = self._plan(self._rng, self.observation(), last_action)
         self.search_seconds += time.perf_counter() - started
         for row, action in zip(self._rows, actions.tolist(), strict=True):
             if row.episode is None:
@@ -188,19 +198,14 @@ class _Run:
     def _next_episode(self) -> int | None:
         return self._waiting.pop(0) if self._waiting else None
 
-    def _plan(self, last_action: Array) -> tuple[Any, Array]:
-        observation = np.stack([row.observation for row in self._rows]).astype(np.float32)
-        scale = self._environment.observation_scale if self._environment else None
-        contexts, out = search(
-            self._agent.params,
-            self._rng,
-            self._contexts,
-            observation if scale is None else observation * np.asarray(scale, np.float32),
-            last_action,
-            config=self._agent.config,
-            search=self._search_config,
-        )
-        return contexts, np.asarray(out.action)
+
+def _compile(plan: Planner, run: _Run) -> float:
+    """Lets a planner of its own search twice, a first step and a later one: seconds that took."""
+    started = time.perf_counter()
+    observation, rng = run.observation(), jax.random.key(0)
+    actions = plan(rng, observation, np.full(len(observation), FIRST_STEP))
+    plan(rng, observation, actions)
+    return time.perf_counter() - started
 
 
 def _make(

@@ -104,9 +104,8 @@ def _head(pool: Pool, bucket: jax.Array, segment: jax.Array) -> jax.Array:
 def is_live(pool: Pool, slots: jax.Array | None = None) -> jax.Array:
     """Which slots hold an entry: [B] bool for `slots` [B], all P * S by default."""
     slots = jnp.arange(total_slots(pool)) if slots is None else slots
-    era: jax.Array = pool.segments[slots // num_slots(pool), SEGMENT_ERA]
-    live: jax.Array = pool.records[slots, ERA] == era
-    return live
+    era = pool.segments[slots // num_slots(pool), SEGMENT_ERA]
+    return jnp.equal(pool.records[slots, ERA], era)
 
 
 def find(pool: Pool, key: jax.Array, segment: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -126,7 +125,8 @@ def find(pool: Pool, key: jax.Array, segment: jax.Array) -> tuple[jax.Array, jax
 
 
 def _or_no_slot(pool: Pool, slot: jax.Array) -> jax.Array:
-    return jnp.where(slot < total_slots(pool), slot.astype(jnp.int32), NO_SLOT)
+    named: jax.Array = jnp.where(slot < total_slots(pool), slot.astype(jnp.int32), NO_SLOT)
+    return named
 
 
 def _walk(pool: Pool, key: jax.Array, segment: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -137,7 +137,7 @@ def _walk(pool: Pool, key: jax.Array, segment: jax.Array) -> tuple[jax.Array, ja
 
     def not_there_yet(state: Any) -> jax.Array:
         slot, found, _ = state
-        return (slot != sentinel) & ~found
+        return jnp.logical_and(slot != sentinel, ~found)
 
     def follow(state: Any) -> Any:
         slot, _, false_match = state
@@ -167,9 +167,10 @@ def touch(pool: Pool, slot: jax.Array) -> Pool:
         return pool
 
     def renew(row: jax.Array, pool: Pool) -> Pool:
-        index = jnp.where(slot[row] < 0, total_slots(pool), slot[row]).astype(jnp.uint32)
-        segment = jnp.minimum(index, total_slots(pool) - 1) // num_slots(pool)
-        clock = pool.segments[segment, CLOCK] + 1
+        hit = slot[row] != NO_SLOT
+        index = jnp.where(hit, slot[row], total_slots(pool))
+        segment = jnp.where(hit, slot[row], 0) // num_slots(pool)
+        clock = pool.segments[segment, CLOCK] + hit
         return _replace(
             pool,
             records=pool.records.at[index, RANK].set(clock),

@@ -158,13 +158,21 @@ def find(store: Store, keys: jax.Array, env_id: jax.Array, *, roots_only: bool =
 
 def take(store: Store, found: Found) -> Window:
     """Windows of found rows, empty ones for the others: `kv` [B, C, L, 2, H, D], `length` [B]."""
-    root, node = pools.take(store.roots, found.root), pools.take(store.nodes, found.node)
     in_root = found.root != NO_SLOT
 
     def choose(a: jax.Array, b: jax.Array) -> jax.Array:
         return jnp.where(in_root.reshape(-1, *[1] * (a.ndim - 1)), a, b)
 
-    return _unpack(jax.tree.map(choose, root, node))
+    def from_both() -> Window:
+        both = pools.take(store.roots, found.root), pools.take(store.nodes, found.node)
+        return _unpack(jax.tree.map(choose, *both))
+
+    def from_nodes() -> Window:
+        return _unpack(pools.take(store.nodes, found.node))
+
+    # Below the first level of a tree no row is a root: that pool need not be read.
+    window: Window = jax.lax.cond(jnp.any(in_root), from_both, from_nodes)
+    return window
 
 
 def touch(store: Store, found: Found) -> Store:

@@ -15,9 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax import step, world_model
+from kvjax import store as stores
+from kvjax.inference import initial_inference, recurrent_inference
 from kvjax.lightzero import trace as traces
 from kvjax.search import init_contexts
-from kvjax.types import Prediction, Window
+from kvjax.types import Inference, Prediction, Window
 
 Array = np.ndarray[Any, Any]
 Comparison = tuple[str, Array, Array]
@@ -54,11 +56,13 @@ class Report:
         return dataclasses.asdict(self) | {"max_abs_error": errors}
 
 
-def verify(path: str | Path, *, tolerance: float = 1e-4) -> Report:
-    """Replays a world-model trace by node index, each root window carried from step to step.
+def verify(path: str | Path, *, route: str = "tree", tolerance: float = 1e-4) -> Report:
+    """Replays a world-model trace.
 
     Args:
       path: a trace, see `kvjax.lightzero.trace`.
+      route: "tree" finds each parent by its node index and carries the root windows from step to
+        step; "store" looks both up by their latents.
       tolerance: largest absolute error that counts as equal.
 
     Raises:
@@ -70,7 +74,8 @@ def verify(path: str | Path, *, tolerance: float = 1e-4) -> Report:
     trace = traces.read(path)
     errors = dict.fromkeys(OUTPUTS, 0.0)
     mismatches = 0
-    for name, ours, theirs in _replay(trace):
+    replay = {"tree": _replay_tree, "store": _replay_store}[route]
+    for name, ours, theirs in replay(trace):
         if name == _LENGTH:
             mismatches += int(np.sum(ours != theirs))
         else:
@@ -78,7 +83,7 @@ def verify(path: str | Path, *, tolerance: float = 1e-4) -> Report:
     within = all(error <= tolerance for error in errors.values())
     return Report(
         trace=str(path),
-        route="tree",
+        route=route,
         max_abs_error=errors,
         length_mismatches=mismatches,
         steps=trace.num_steps,
@@ -92,7 +97,7 @@ def _max_abs_error(ours: Array, theirs: Array) -> float:
     return error if math.isfinite(error) else math.inf
 
 
-def _replay(trace: traces.Trace) -> Iterator[Comparison]:
+def _replay_tree(trace: traces.Trace) -> Iterator[Comparison]:
     config = trace.config
     correction = world_model.slide_correction(trace.params, config=config)
     root_step = jax.jit(
@@ -105,9 +110,7 @@ def _replay(trace: traces.Trace) -> Iterator[Comparison]:
         window, policy, value = root_step(
             trace.params, correction, window, action, recorded["latent"]
         )
-        yield "policy_logits", np.asarray(policy), recorded["policy_logits"]
-        yield "value_logits", np.asarray(value), recorded["value_logits"]
-        yield from _compare_windows(window, recorded)
+        yield from _compare_root(window, policy, value, recorded)
         nodes = [window]
         for index in range(trace.num_simulations):
             parents = _gather(nodes, recorded["parent"][index])
@@ -138,7 +141,50 @@ def _gather(nodes: list[Window], parent: Array) -> Window:
     return gathered
 
 
-def _compare_windows(window: Window, recorded: dict[str, Array]) -> Iterator[Comparison]:
+def _replay_store(trace: traces.Trace) -> Iterator[Comparison]:
+    config = trace.config
+    store = stores.init_store(config, trace.num_envs, trace.num_simulations)
+    rows = np.arange(trace.num_envs)
+    for recorded in trace.steps():
+        timestep = recorded["timestep"]
+        store, out = initial_inference(
+            trace.params,
+            store,
+            recorded["prev_latent"],
+            recorded["action"],
+            recorded["latent"],
+            rows,
+            timestep,
+            config=config,
+        )
+        window = stores.take(store, stores.resolve(store, out.slot, jnp.asarray(rows)))
+        yield from _compare_root(window, out.policy, out.value, recorded)
+        latents = [recorded["latent"]]
+        for index in range(trace.num_simulations):
+            parent = np.stack(
+                [latents[node][b] for b, node in enumerate(recorded["parent"][index])]
+            )
+            store, out = recurrent_inference(
+                trace.params,
+                store,
+                parent,
+                recorded["sim_action"][index],
+                rows,
+                recorded["depth"][index],
+                timestep,
+                config=config,
+                pads_are_read=trace.pads_are_read,
+                miss_policy="error",
+            )
+            latents.append(np.asarray(out.latent))
+            yield from _compare_prediction(out, recorded, index)
+
+
+def _compare_root(
+    window: Window, policy: jax.Array, value: jax.Array, recorded: dict[str, Array]
+) -> Iterator[Comparison]:
+    yield "policy_logits", np.asarray(policy), recorded["policy_logits"]
+    yield "value_logits", np.asarray(value), recorded["value_logits"]
     lengths = np.asarray(window.length)
     yield _LENGTH, lengths, recorded["length"]
     for env, length in enumerate(lengths):
@@ -149,7 +195,7 @@ def _compare_windows(window: Window, recorded: dict[str, Array]) -> Iterator[Com
 
 
 def _compare_prediction(
-    prediction: Prediction, recorded: dict[str, Array], index: int
+    prediction: Prediction | Inference, recorded: dict[str, Array], index: int
 ) -> Iterator[Comparison]:
     answers = {
         "reward_logits": prediction.reward,

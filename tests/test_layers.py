@@ -8,18 +8,21 @@ import kvjax
 LAYERS = (
     ("config",),
     ("types",),
-    ("ops.window", "ops.position", "ops.attention", "ops.support"),
-    ("ops",),
+    ("ops.window", "ops.position", "ops.attention", "ops.support", "ops.hashing"),
+    ("ops", "statistics", "reference_tree"),
+    ("pool",),  # storage stands below the model
+    ("store",),
     ("world_model",),
     ("step",),
-    ("search",),
-    ("checkpoint", "lightzero.checkpoint", "gif"),
+    ("search", "inference"),
+    ("host_search",),
+    ("planner", "checkpoint", "lightzero.checkpoint", "gif"),
     ("lightzero.trace",),
     ("lightzero",),
     ("",),
     ("play", "verify", "bench.timing", "bench.lightzero_020"),
     ("bench",),
-    ("bench.search",),
+    ("bench.search", "bench.ops"),
     ("cli",),
 )
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}

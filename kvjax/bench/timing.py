@@ -5,9 +5,12 @@ import os
 import platform
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
+import jax
 import numpy as np
+
+T = TypeVar("T")
 
 _PACKAGES = ("kvjax", "jax", "jaxlib", "flax", "mctx", "numpy", "torch", "LightZero")
 
@@ -28,6 +31,12 @@ def medians_in_turn(
             if turn >= warmup:
                 times[name].append(time.perf_counter() - started)
     return {name: 1e3 * float(np.median(taken)) for name, taken in times.items()}
+
+
+def finished(tree: T) -> T:
+    """The same arrays, once they are computed."""
+    ready: T = jax.block_until_ready(tree)  # type: ignore[no-untyped-call]
+    return ready
 
 
 def machine() -> dict[str, Any]:

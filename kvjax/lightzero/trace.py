@@ -18,7 +18,7 @@ from kvjax.types import Params
 
 Array = np.ndarray[Any, Any]
 
-_INPUTS = ("action", "latent", "timestep", "parent", "sim_action", "depth")
+_INPUTS = ("prev_latent", "action", "latent", "timestep", "parent", "sim_action", "depth")
 _ANSWERS = ("policy_logits", "value_logits", "length")
 _SIMULATION_ANSWERS = ("reward_logits", "next_latent", "sim_policy_logits", "sim_value_logits")
 _MODES = {"rope": "rotary positions", "rebuild": "exact rebuild", "reset": "exact reset"}
@@ -118,7 +118,9 @@ def _check_complete(path: Path, trace: Trace) -> None:
     shapes: dict[str, tuple[int, ...]] = {}
     shapes |= dict.fromkeys(("action", "timestep", "length"), (rows,))
     shapes |= dict.fromkeys(("parent", "sim_action", "depth"), (sims, rows))
-    shapes |= {"latent": (rows, config.embed_dim), "next_latent": (sims, rows, config.embed_dim)}
+    shapes |= {"latent": (rows, config.embed_dim)}
+    shapes |= {"prev_latent": (rows, config.embed_dim)}
+    shapes |= {"next_latent": (sims, rows, config.embed_dim)}
     shapes |= {"policy_logits": (rows, config.num_actions)}
     shapes |= {"sim_policy_logits": (sims, rows, config.num_actions)}
     shapes |= {"value_logits": (rows, config.support_size)}
