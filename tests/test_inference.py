@@ -184,15 +184,13 @@ def test_error_policy_raises_and_stores_nothing(step_name):
     before = jax.tree.map(np.array, store)
     wrong = latents(0)
     wrong[2] = 0.0
+    ids = np.arange(ENVS), zeros()
+    take_step = {
+        "initial": lambda: initial(store, wrong, zeros(), latents(1), *ids, miss_policy="error"),
+        "recurrent": lambda: recurrent(store, wrong, zeros(), *ids, zeros(), miss_policy="error"),
+    }[step_name]
     with pytest.raises(CacheMissError, match=r"no window stored for rows \[2\]") as raised:
-        if step_name == "initial":
-            initial(
-                store, wrong, zeros(), latents(1), np.arange(ENVS), zeros(), miss_policy="error"
-            )
-        else:
-            recurrent(
-                store, wrong, zeros(), np.arange(ENVS), zeros() + 1, zeros(), miss_policy="error"
-            )
+        take_step()
     assert raised.value.rows == [2]
     after = raised.value.store
     assert stats(after)["misses"] == 1
@@ -434,9 +432,7 @@ def test_one_compilation_for_a_whole_run():
     before = _initial._cache_size(), _recurrent._cache_size()
     for t in range(1, 6):
         action = np.where(np.arange(ENVS) == t % ENVS, -1, 1)
-        store, out = initial(
-            store, latents(t - 1), action, latents(t), np.arange(ENVS), zeros() + t
-        )
+        store, _ = initial(store, latents(t - 1), action, latents(t), np.arange(ENVS), zeros() + t)
         store, _out = recurrent(store, latents(t), zeros(), np.arange(ENVS), zeros() + 1, zeros())
     assert (_initial._cache_size(), _recurrent._cache_size()) == before
 
