@@ -427,8 +427,8 @@ def test_the_store_is_moved():
 
 
 def test_one_compilation_for_a_whole_run():
-    store, out = first_step(fresh(), latents(0))
-    store, out = recurrent(store, latents(0), zeros(), np.arange(ENVS), zeros() + 1, zeros())
+    store, _ = first_step(fresh(), latents(0))
+    store, _ = recurrent(store, latents(0), zeros(), np.arange(ENVS), zeros() + 1, zeros())
     before = _initial._cache_size(), _recurrent._cache_size()
     for t in range(1, 6):
         action = np.where(np.arange(ENVS) == t % ENVS, -1, 1)
