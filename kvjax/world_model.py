@@ -18,7 +18,7 @@ from kvjax.ops import attention, position
 from kvjax.ops.window import valid_mask
 from kvjax.types import Params, Window
 
-_EPSILON = 1e-5
+EPSILON = 1e-5
 """Of LayerNorm and BatchNorm, as in torch."""
 
 _EXPANSION = 4
@@ -26,7 +26,7 @@ _EXPANSION = 4
 
 
 def _layer_norm(name: str | None = None) -> nn.LayerNorm:
-    return nn.LayerNorm(epsilon=_EPSILON, use_fast_variance=False, name=name)
+    return nn.LayerNorm(epsilon=EPSILON, use_fast_variance=False, name=name)
 
 
 class _Normalise(nn.Module):
@@ -51,7 +51,7 @@ class _Encoder(nn.Module):
 
     def setup(self) -> None:
         self.input = nn.Dense(self.config.embed_dim)
-        self.batch_norm = nn.BatchNorm(use_running_average=True, epsilon=_EPSILON)
+        self.batch_norm = nn.BatchNorm(use_running_average=True, epsilon=EPSILON)
         self.output = nn.Dense(self.config.embed_dim)
         self.final = _Normalise(self.config.encoder_norm, self.config.simnorm_group)
 
@@ -263,15 +263,25 @@ def at_observation(
     return policy, value
 
 
+def positions(params: Params, *, config: WorldModelConfig) -> jax.Array:
+    """The position table as far as a window reaches: [C, E]."""
+    table: jax.Array = _apply(config, params, method="positions")
+    return table
+
+
+def projected_positions(params: Params, *, config: WorldModelConfig) -> jax.Array:
+    """What each position adds to keys and values when LayerNorm is left out: [C, L, 2, H, D]."""
+    blocks = [params["params"][f"blocks_{layer}"] for layer in range(config.num_layers)]
+    kernels = jnp.stack(
+        [jnp.stack([block["key"]["kernel"], block["value"]["kernel"]]) for block in blocks]
+    )
+    return position.project(positions(params, config=config), kernels, config.num_heads)
+
+
 def slide_correction(params: Params, *, config: WorldModelConfig) -> jax.Array:
     """What `kvjax.ops.window.slide` needs for this model: [C - 3, L, 2, H, D].
 
     Depends on the parameters alone: compute it once per call, outside the simulations' loop, and
     it can never be older than the weights.
     """
-    blocks = [params["params"][f"blocks_{layer}"] for layer in range(config.num_layers)]
-    kernels = jnp.stack(
-        [jnp.stack([block["key"]["kernel"], block["value"]["kernel"]]) for block in blocks]
-    )
-    table = _apply(config, params, method="positions")
-    return position.slide_correction(position.project(table, kernels, config.num_heads))
+    return position.slide_correction(projected_positions(params, config=config))

@@ -1,0 +1,251 @@
+"""The world model as a search wants it: weights folded once, activations feature-major.
+
+Folding moves everything out of the loop that does not depend on the activations. The matrices that
+write the residual stream keep it centred; LayerNorm's scale and shift sit in the matrix that follows,
+and what is left of it is one sum of squares, applied after the product. Query, key and value are one
+matrix, and the two heads that read the same token are one pair.
+
+Rows are batched by hand, because `W[out, in] @ x[in, B]` is what a CPU multiplies fastest when B is
+small.
+
+Shapes: B rows, E embedding size, L layers, H heads, D head size, A actions, R support bins, T slots
+of a window, K hidden units of a head.
+"""
+
+import dataclasses
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from kvjax import world_model
+from kvjax.config import WorldModelConfig
+from kvjax.types import Params
+from kvjax.world_model import EPSILON
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Linear:
+    """`weight @ x + bias`, feature-major."""
+
+    weight: jax.Array  # [out, in]
+    bias: jax.Array  # [out]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """One transformer layer."""
+
+    qkv: Linear  # [3E, E], reads the normalised stream; the query is scaled by 1 / sqrt(D)
+    projection: Linear  # [E, E], writes the stream
+    expand: Linear  # [4E, E]
+    contract: Linear  # [E, 4E], writes the stream
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class HeadPair:
+    """Two heads that read the same token."""
+
+    hidden: Linear  # [2K, E]
+    norm: Linear | None  # scale and shift [2, K] of main's second LayerNorm
+    first: Linear  # [out, K]
+    second: Linear  # [out, K]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Folded:
+    """All that a simulation needs of a world model."""
+
+    blocks: tuple[Block, ...]
+    final_norm: Linear | None  # [E] scale and shift; None where the heads hold them
+    at_action: HeadPair  # reward, latent
+    at_observation: HeadPair  # policy, value
+    latent_norm: Linear | None  # [E], of an observation head that ends in LayerNorm
+    actions: jax.Array  # [A, E] centred
+    positions: jax.Array  # [C, E] centred
+    projected: jax.Array  # [C, L, 2, H, D], what each position adds to keys and values
+
+
+def fold(params: Params, *, config: WorldModelConfig) -> Folded:
+    """Prepares parameters for a search; do it again whenever they change."""
+    p = params["params"]
+    table = world_model.positions(params, config=config)
+    heads = {name: p[f"{name}_head"] for name in ("reward", "latent", "policy", "value")}
+    final = p["final_norm"]
+    latent_norm = p.get("latent_final", {}).get("norm")
+    return Folded(
+        blocks=tuple(_fold_block(p[f"blocks_{i}"], config) for i in range(config.num_layers)),
+        final_norm=_affine(final) if config.layout == "main" else None,
+        at_action=_fold_heads(heads["reward"], heads["latent"], final),
+        at_observation=_fold_heads(heads["policy"], heads["value"], final),
+        latent_norm=None if latent_norm is None else _affine(latent_norm),
+        actions=_centred(p["action_embedding"]["embedding"], axis=1),
+        positions=_centred(table, axis=1),
+        projected=world_model.projected_positions(params, config=config),
+    )
+
+
+def _centred(x: jax.Array, axis: int) -> jax.Array:
+    return x - jnp.mean(x, axis=axis, keepdims=True)
+
+
+def _affine(norm: Params) -> Linear:
+    return Linear(weight=norm["scale"], bias=norm["bias"])
+
+
+def _reading(dense: Params, norm: Params) -> Linear:
+    """A dense layer behind a LayerNorm, whose scale and shift it takes over."""
+    weight = dense["kernel"].T
+    return Linear(weight * norm["scale"], weight @ norm["bias"] + dense["bias"])
+
+
+def _writing(dense: Params) -> Linear:
+    """A dense layer whose outputs have mean zero."""
+    return Linear(_centred(dense["kernel"].T, axis=0), _centred(dense["bias"], axis=0))
+
+
+def _plain(dense: Params) -> Linear:
+    return Linear(dense["kernel"].T, dense["bias"])
+
+
+def _stacked(*layers: Linear) -> Linear:
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *layers)
+
+
+def _fold_block(block: Params, config: WorldModelConfig) -> Block:
+    norm = block["attention_norm"]
+    query, key, value = (_reading(block[name], norm) for name in ("query", "key", "value"))
+    scale = config.window.head_dim**-0.5
+    return Block(
+        qkv=_stacked(Linear(query.weight * scale, query.bias * scale), key, value),
+        projection=_writing(block["projection"]),
+        expand=_reading(block["expand"], block["feed_forward_norm"]),
+        contract=_writing(block["contract"]),
+    )
+
+
+def _fold_heads(first: Params, second: Params, final_norm: Params) -> HeadPair:
+    """Release 0.2.0's heads take the final norm over; main's have norms of their own."""
+    heads = (first, second)
+    has_norms = "input_norm" in first
+    hidden = [_reading(h["hidden"], h["input_norm"] if has_norms else final_norm) for h in heads]
+    norm = None
+    if has_norms:
+        hidden = [Linear(_centred(h.weight, 0), _centred(h.bias, 0)) for h in hidden]
+        norms = [_affine(h["hidden_norm"]) for h in heads]
+        norm = jax.tree.map(lambda *parts: jnp.stack(parts), *norms)
+    return HeadPair(_stacked(*hidden), norm, _plain(first["output"]), _plain(second["output"]))
+
+
+def _rstd(centred: jax.Array, axis: int = 0) -> jax.Array:
+    """What LayerNorm multiplies a centred vector with: [E, B] to [1, B]."""
+    return jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=axis, keepdims=True) + EPSILON)
+
+
+def _apply(layer: Linear, x: jax.Array, scale: jax.Array | float = 1.0) -> jax.Array:
+    """`weight @ (scale * x) + bias` with the scale [1, B] applied after the product."""
+    return (layer.weight @ x) * scale + layer.bias[:, None]
+
+
+def token_step(
+    folded: Folded,
+    x: jax.Array,
+    cached: jax.Array,
+    valid: jax.Array,
+    fresh: tuple[jax.Array, ...] = (),
+) -> tuple[jax.Array, jax.Array]:
+    """Runs one token of each row through the transformer.
+
+    Args:
+      x: [E, B], centred, position included.
+      cached: [B, T, L, 2, H, D], windows as they are read (positions included).
+      valid: [B, T] bool.
+      fresh: keys and values [B, L, 2, H, D] of tokens pushed after the window.
+
+    Returns:
+      The stream [E, B] behind the last layer, centred and not normalised, and the token's own keys
+      and values [B, L, 2, H, D].
+    """
+    chex.assert_rank([x, cached, valid], [2, 6, 2])
+    batch, _, _, _, heads, head_dim = cached.shape
+    own = []
+    for layer, block in enumerate(folded.blocks):
+        qkv = _apply(block.qkv, x, _rstd(x)).reshape(3, heads, head_dim, batch)
+        query, key, value = jnp.moveaxis(qkv, -1, 1)  # [B, H, D] each
+        kv = jnp.stack([key, value], axis=1)
+        behind = jnp.stack([*(pushed[:, layer] for pushed in fresh), kv], axis=1)
+        read = _attend(query, cached[:, :, layer], valid, behind)
+        x = x + _apply(block.projection, read.reshape(batch, -1).T)
+        x = x + _apply(block.contract, jax.nn.gelu(_apply(block.expand, x, _rstd(x))))
+        own.append(kv)
+    return x, jnp.stack(own, axis=1)
+
+
+def _attend(query: jax.Array, cached: jax.Array, valid: jax.Array, fresh: jax.Array) -> jax.Array:
+    """Reads [B, H, D]: query [B, H, D] (scaled), cached [B, T, 2, H, D], fresh [B, F, 2, H, D]."""
+    cached_scores = jnp.sum(query[:, None] * cached[:, :, 0], axis=-1)  # [B, T, H]
+    fresh_scores = jnp.sum(query[:, None] * fresh[:, :, 0], axis=-1)
+    masked = jnp.where(valid[..., None], cached_scores, -jnp.inf)
+    weights = jax.nn.softmax(jnp.concatenate([masked, fresh_scores], axis=1), axis=1)[..., None]
+    slots = cached.shape[1]
+    read = jnp.sum(weights[:, :slots] * cached[:, :, 1], axis=1)
+    return read + jnp.sum(weights[:, slots:] * fresh[:, :, 1], axis=1)
+
+
+def _head_pair(folded: Folded, pair: HeadPair, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Both heads' outputs [out, B] of the stream [E, B]."""
+    if folded.final_norm is None:
+        hidden = _apply(pair.hidden, x, _rstd(x))
+    else:
+        normed = x * _rstd(x) * folded.final_norm.weight[:, None] + folded.final_norm.bias[:, None]
+        centred = _centred(normed, axis=0)
+        hidden = _apply(pair.hidden, centred, _rstd(centred))
+    halves = hidden.reshape(2, -1, hidden.shape[-1])
+    if pair.norm is not None:
+        halves = halves * _rstd(halves, axis=1) * pair.norm.weight[..., None]
+        halves = halves + pair.norm.bias[..., None]
+    first, second = jax.nn.gelu(halves)
+    return _apply(pair.first, first), _apply(pair.second, second)
+
+
+def at_action(folded: Folded, x: jax.Array, *, config: WorldModelConfig) -> tuple[Any, Any]:
+    """Stream [E, B] of action tokens to reward logits [R, B] and next latents [E, B]."""
+    reward, latent = _head_pair(folded, folded.at_action, x)
+    if folded.latent_norm is None:
+        return reward, _simnorm(latent, config.simnorm_group)
+    centred = _centred(latent, axis=0)
+    norm = folded.latent_norm
+    return reward, centred * _rstd(centred) * norm.weight[:, None] + norm.bias[:, None]
+
+
+def at_observation(folded: Folded, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Stream [E, B] of observation tokens to policy logits [A, B] and value logits [R, B]."""
+    return _head_pair(folded, folded.at_observation, x)
+
+
+def _simnorm(x: jax.Array, group: int) -> jax.Array:
+    """Softmax over groups of rows of [E, B]; the few entries of a group are unrolled."""
+    grouped = x.reshape(-1, group, x.shape[-1])
+    largest = grouped[:, 0]
+    for entry in range(1, group):
+        largest = jnp.maximum(largest, grouped[:, entry])
+    exponents = jnp.exp(grouped - largest[:, None])
+    total = exponents[:, 0]
+    for entry in range(1, group):
+        total = total + exponents[:, entry]
+    return (exponents / total[:, None]).reshape(x.shape)
+
+
+def embed_action(folded: Folded, action: jax.Array, position: jax.Array) -> jax.Array:
+    """Actions [B] at positions [B] to tokens [E, B], centred."""
+    return (folded.actions[action] + folded.positions[position]).T
+
+
+def embed_latent(folded: Folded, latent: jax.Array, position: jax.Array) -> jax.Array:
+    """Latents [E, B] at positions [B] to tokens [E, B], centred."""
+    return _centred(latent, axis=0) + folded.positions[position].T
