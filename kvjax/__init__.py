@@ -3,7 +3,7 @@
 from kvjax import lightzero, ops
 from kvjax.config import SearchConfig, WindowConfig, WorldModelConfig
 from kvjax.inference import CacheMissError, initial_inference, recurrent_inference
-from kvjax.search import init_contexts, search
+from kvjax.search import init_contexts, prepare, search
 from kvjax.store import init_store, stats
 from kvjax.types import (
     AlignedWindow,
@@ -34,6 +34,7 @@ __all__ = [
     "initial_inference",
     "lightzero",
     "ops",
+    "prepare",
     "recurrent_inference",
     "search",
     "stats",

@@ -11,6 +11,8 @@ MIN_CONTEXT = 2 * BLOCK
 
 DTYPES = ("float32", "bfloat16")
 
+Tree = Literal["lightzero", "muzero", "gumbel"]
+TREES = ("lightzero", "muzero", "gumbel")
 Layout = Literal["0.2.0", "main"]
 Norm = Literal["simnorm", "layernorm"]
 
@@ -156,6 +158,8 @@ class WorldModelConfig:
 class SearchConfig:
     """How a search walks and chooses.
 
+    `tree` "lightzero" is kvjax's own tree with LightZero's rules; "muzero" and "gumbel" are mctx's
+    policies, with a whole window per node.
     `temperature` 0 takes the most visited action, the first one on ties; above 0 it samples
     proportionally to `visits ** (1 / temperature)`. `noise_fraction` 0 means no root noise.
 
@@ -164,15 +168,20 @@ class SearchConfig:
     """
 
     num_simulations: int = 25
+    tree: Tree = "lightzero"
     discount: float = 0.997
     noise_fraction: float = 0.0
     dirichlet_alpha: float = 0.3
     temperature: float = 0.0
     pb_c_init: float = 1.25
     pb_c_base: float = 19652.0
+    max_depth: int | None = None  # edges below the root
 
     def __post_init__(self) -> None:
         require_positive(self, "num_simulations")
+        if self.max_depth is not None:
+            require_positive(self, "max_depth")
+        require_one_of("tree", self.tree, TREES)
         require(0.0 < self.discount <= 1.0, f"discount must be in (0, 1], got {self.discount}")
         fraction = self.noise_fraction
         require(0.0 <= fraction <= 1.0, f"noise_fraction must be in [0, 1], got {fraction}")

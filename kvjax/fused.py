@@ -1,9 +1,9 @@
 """The world model as a search wants it: weights folded once, activations feature-major.
 
 Folding moves everything out of the loop that does not depend on the activations. The matrices that
-write the residual stream keep it centred; LayerNorm's scale and shift sit in the matrix that follows,
-and what is left of it is one sum of squares, applied after the product. Query, key and value are one
-matrix, and the two heads that read the same token are one pair.
+write the residual stream keep it centred; LayerNorm's scale and shift sit in the matrix that
+follows, and what is left of it is one sum of squares, applied after the product. Query, key and
+value are one matrix, and the two heads that read the same token are one pair.
 
 Rows are batched by hand, because `W[out, in] @ x[in, B]` is what a CPU multiplies fastest when B is
 small.
@@ -114,7 +114,8 @@ def _plain(dense: Params) -> Linear:
 
 
 def _stacked(*layers: Linear) -> Linear:
-    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *layers)
+    stacked: Linear = jax.tree.map(lambda *parts: jnp.concatenate(parts), *layers)
+    return stacked
 
 
 def _fold_block(block: Params, config: WorldModelConfig) -> Block:

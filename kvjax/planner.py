@@ -12,7 +12,7 @@ import numpy as np
 from kvjax import store as stores
 from kvjax.config import SearchConfig, WorldModelConfig
 from kvjax.host_search import host_search, most_visited
-from kvjax.search import init_contexts, search
+from kvjax.search import init_contexts, prepare, search
 from kvjax.step import FIRST_STEP
 from kvjax.types import Params
 
@@ -38,12 +38,12 @@ def make_planner(
 def _tree_planner(
     params: Params, config: WorldModelConfig, search_config: SearchConfig, num_envs: int
 ) -> Planner:
-    contexts = init_contexts(config, num_envs)
+    contexts, prepared = init_contexts(config, num_envs), prepare(params, config=config)
 
     def plan(rng: jax.Array, observation: Array, last_action: Array) -> Array:
         nonlocal contexts
         contexts, out = search(
-            params, rng, contexts, observation, last_action, config=config, search=search_config
+            prepared, rng, contexts, observation, last_action, config=config, search=search_config
         )
         return np.asarray(out.action)
 

@@ -1,4 +1,4 @@
-"""The whole search in one jit: every node's window lives in the tree, no lookup, no pool.
+"""The whole search in one jit: every node's window is found by its place in the tree, no lookup.
 
 Shapes: B environments, A actions, E embedding size, C context_length in tokens.
 """
@@ -8,20 +8,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import mctx
 import numpy as np
 
-from kvjax import step, world_model
+from kvjax import mctx_search, own_token_search, step, world_model
+from kvjax import tree as trees
 from kvjax.config import SearchConfig, WorldModelConfig
+from kvjax.fused import fold
 from kvjax.ops import support
 from kvjax.ops import window as windows
-from kvjax.types import Contexts, Params, SearchOutput, Window
+from kvjax.types import Contexts, Params, Prepared, SearchOutput
 
-_NEVER = float(np.finfo(np.float32).min)
-"""Policy logit of an illegal action."""
-
-_MIN_RANGE = 0.01
-"""Q values closer together than this are not blown up to a range of 1 (LightZero's constant)."""
+_TINY = float(np.finfo(np.float32).tiny)
 
 ArrayLike = jax.Array | np.ndarray[Any, Any]
 
@@ -41,8 +38,17 @@ def init_contexts(config: WorldModelConfig, num_envs: int) -> Contexts:
     return Contexts(window=window, timestep=jnp.full((num_envs,), -1, jnp.int32))
 
 
+@functools.partial(jax.jit, static_argnames=("config",))
+def prepare(params: Params, *, config: WorldModelConfig) -> Prepared:
+    """Folds a model's variables for `search` once, instead of in every call.
+
+    Worth it for wide models. Prepare again whenever the variables change.
+    """
+    return Prepared(params=params, folded=fold(params, config=config))
+
+
 def search(
-    params: Params,
+    params: Params | Prepared,
     rng: jax.Array,
     contexts: Contexts,
     observation: ArrayLike,
@@ -55,7 +61,7 @@ def search(
     """Advances every environment by one step and plans the next action. One jitted call.
 
     Args:
-      params: the world model's variables.
+      params: the world model's variables, or what `prepare` made of them.
       rng: a JAX PRNG key.
       contexts: what the previous call returned, or `init_contexts`.
       observation: [B, observation_size] float32, the current observations.
@@ -117,7 +123,7 @@ def _validate(
 
 @functools.partial(jax.jit, static_argnames=("config", "search"))
 def _search(
-    params: Params,
+    params: Params | Prepared,
     rng: jax.Array,
     contexts: Contexts,
     observation: jax.Array,
@@ -127,95 +133,45 @@ def _search(
     config: WorldModelConfig,
     search: SearchConfig,
 ) -> tuple[Contexts, SearchOutput]:
-    correction = world_model.slide_correction(params, config=config)
-    encode = functools.partial(world_model.encode, params, config=config)
+    folded = params.folded if isinstance(params, Prepared) else None
+    variables = params.params if isinstance(params, Prepared) else params
+    correction = world_model.slide_correction(variables, config=config)
+    encode = functools.partial(world_model.encode, variables, config=config)
+    push = functools.partial(step.root_step, variables, correction, config=config)
     latent = jax.vmap(encode)(observation)
-    push = functools.partial(step.root_step, params, correction, config=config)
     window, policy, value = jax.vmap(push)(contexts.window, last_action, latent)
-    policy = jnp.where(legal, policy, _NEVER)
-    root = mctx.RootFnOutput(
-        prior_logits=policy, value=support.to_scalar(value, config.support), embedding=window
-    )
-    search_rng, action_rng = jax.random.split(rng)
-    tree = mctx.muzero_policy(
-        params=params,
-        rng_key=search_rng,
-        root=root,
-        recurrent_fn=_recurrent_fn(correction, config, search.discount),
-        num_simulations=search.num_simulations,
-        invalid_actions=~legal,
-        qtransform=_normalise_over_tree,
-        dirichlet_fraction=search.noise_fraction,
-        dirichlet_alpha=search.dirichlet_alpha,
-        pb_c_init=search.pb_c_init,
-        pb_c_base=search.pb_c_base,
-    ).search_tree
-    summary = tree.summary()
-    visit_counts = summary.visit_counts.astype(jnp.int32)
     starts = last_action == step.FIRST_STEP
-    timestep = jnp.where(starts, 0, contexts.timestep + 1)
-    return Contexts(window=window, timestep=timestep), SearchOutput(
-        action=_choose(action_rng, visit_counts, legal, search.temperature),
+    contexts = Contexts(window, jnp.where(starts, 0, contexts.timestep + 1))
+    root_value = support.to_scalar(value, config.support)
+    if search.tree != "lightzero":
+        return contexts, mctx_search.run(
+            variables, rng, window, policy, root_value, legal, correction, config, search
+        )
+    noise_rng, action_rng = jax.random.split(rng)
+    prior = trees.softmax(policy, legal)
+    folded = fold(variables, config=config) if folded is None else folded
+    noisy = _with_noise(noise_rng, prior, legal, search)
+    tree = own_token_search.run(folded, noisy, window, config, search)
+    visit_counts = trees.visit_counts(tree)
+    return contexts, SearchOutput(
+        action=mctx_search.choose(action_rng, visit_counts, legal, search.temperature),
         visit_counts=visit_counts,
-        root_value=summary.value,
-        q_values=summary.qvalues,
-        prior=jax.nn.softmax(policy),
-        network_value=root.value,
+        root_value=trees.root_value(tree),
+        q_values=trees.q_values(tree),
+        prior=jnp.maximum(prior, 0.0),
+        network_value=root_value,
+        mean_depth=tree.total_depth / search.num_simulations,
     )
 
 
-def _recurrent_fn(
-    correction: jax.Array, config: WorldModelConfig, discount: float
-) -> mctx.RecurrentFn:
-    """The model as mctx sees it. A node is its window: the latent is the window's last token."""
-
-    def recurrent_fn(
-        params: Params, rng: jax.Array, action: jax.Array, window: Window
-    ) -> tuple[mctx.RecurrentFnOutput, Window]:
-        del rng
-        imagine = functools.partial(step.recurrent_step, params, correction, config=config)
-        window, prediction = jax.vmap(imagine)(window, action)
-        reward = support.to_scalar(prediction.reward, config.support)
-        return mctx.RecurrentFnOutput(
-            reward=reward,
-            discount=jnp.full_like(reward, discount),
-            prior_logits=prediction.policy,
-            value=support.to_scalar(prediction.value, config.support),
-        ), window
-
-    return recurrent_fn
-
-
-def _normalise_over_tree(tree: Any, node: jax.Array) -> jax.Array:
-    """Q values [A] of one node, scaled to [0, 1] by the extremes of its whole tree.
-
-    That is LightZero's rule. mctx's own scales by a node's siblings, which blows up the small
-    differences of a long task: with it the masked CartPole agent reaches 159 instead of 200.
-    An action that was never tried counts as the mean of its node and its tried siblings (at the
-    root: of the siblings alone).
-
-    Args:
-      tree: an unbatched `mctx.Tree`.
-      node: [] int32.
-    """
-    edges = tree.children_rewards + tree.children_discounts * tree.children_values
-    visited, tried = tree.children_visits > 0, tree.children_visits[node] > 0
-    root_value = tree.node_values[mctx.Tree.ROOT_INDEX]
-    low = jnp.minimum(jnp.min(edges, where=visited, initial=jnp.inf), root_value)
-    high = jnp.maximum(jnp.max(edges, where=visited, initial=-jnp.inf), root_value)
-    total, count = jnp.sum(edges[node], where=tried), jnp.sum(tried)
-    at_root = (node == mctx.Tree.ROOT_INDEX) & (count > 0)
-    mean = jnp.where(at_root, total / count, (tree.node_values[node] + total) / (count + 1))
-    q = jnp.where(tried, edges[node], mean)
-    return jnp.clip((q - low) / jnp.maximum(high - low, _MIN_RANGE), 0.0, 1.0)
-
-
-def _choose(
-    rng: jax.Array, visit_counts: jax.Array, legal: jax.Array, temperature: float
+def _with_noise(
+    rng: jax.Array, prior: jax.Array, legal: jax.Array, search: SearchConfig
 ) -> jax.Array:
-    """The most visited legal action, the first on ties; or a sample of the visits: [B] int32."""
-    counts = jnp.where(legal, visit_counts, -1)
-    if temperature == 0.0:
-        return jnp.argmax(counts, axis=-1).astype(jnp.int32)
-    logits = jnp.where(counts > 0, jnp.log(counts), -jnp.inf) / temperature
-    return jax.random.categorical(rng, logits).astype(jnp.int32)
+    """Mixes Dirichlet noise over the legal actions into priors [B, A]."""
+    if search.noise_fraction == 0.0:
+        return prior
+    gamma = jax.random.gamma(rng, search.dirichlet_alpha, prior.shape)
+    gamma = jnp.where(legal, jnp.maximum(gamma, _TINY), 0.0)
+    noise = gamma / jnp.sum(gamma, axis=1, keepdims=True)
+    fraction = search.noise_fraction
+    return jnp.where(legal, prior * (1 - fraction) + fraction * noise, prior)

@@ -46,6 +46,15 @@ class Prediction:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A world model's variables and what a search needs of them, see `kvjax.prepare`."""
+
+    params: Params
+    folded: Any  # kvjax.fused.Folded
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Contexts:
     """What an environment carries from step to step: its root window and its clock."""
 
@@ -64,6 +73,7 @@ class SearchOutput:
     q_values: jax.Array  # [B, A] of the root's actions, 0 where never visited
     prior: jax.Array  # [B, A] the network's policy over legal actions, noise left out
     network_value: jax.Array  # [B] the network's own value of the root
+    mean_depth: jax.Array  # [B] edges below the root, mean over simulations
 
 
 @functools.partial(

@@ -14,6 +14,8 @@ LAYERS = (
     ("store",),
     ("world_model",),
     ("step",),
+    ("fused", "tree", "mctx_search"),
+    ("own_token_search",),
     ("search", "inference"),
     ("host_search",),
     ("planner", "checkpoint", "lightzero.checkpoint", "gif"),

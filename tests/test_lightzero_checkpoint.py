@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -159,6 +160,7 @@ def poison(state, name):
             ),
             "image or text encoders",
         ),
+        (lambda s: s.update({f"{W}transformer.blocks.0.attn.key.lora_A": torch.zeros(2)}), "LoRA"),
         (lambda s: s.update({"epoch": 3}), "epoch is a int, expected a tensor"),
     ],
 )
@@ -166,6 +168,33 @@ def test_bad_tensors(state, change, message):
     change(state)
     with pytest.raises(ValueError, match=message):
         lightzero.load(state, **OPTIONS)
+
+
+class StandIn:
+    """A torch module as far as loading looks at it."""
+
+    def __init__(self, state, **config):
+        self.config = types.SimpleNamespace(num_heads=2, context_length=8, **config)
+        self._state = state
+
+    def state_dict(self):
+        return self._state
+
+
+@pytest.mark.parametrize("name", ["rotary_emb", "use_policy_logits_clip"])
+def test_a_module_of_an_unsupported_variant(state, name):
+    with pytest.raises(ValueError, match=f"unsupported variant: {name}"):
+        lightzero.load(StandIn(state, **{name: True}))
+
+
+def test_a_module_tells_its_own_configuration(state):
+    config, _ = lightzero.load(StandIn(state, rotary_emb=False, group_size=16))
+    assert (config.num_heads, config.context_length, config.simnorm_group) == (2, 8, 16)
+
+
+def test_a_module_without_configuration():
+    with pytest.raises(ValueError, match="has no config: expected a LightZero WorldModel"):
+        lightzero.load(torch.nn.Linear(2, 2))
 
 
 def test_unsupported_checkpoint_is_refused_by_name(data):

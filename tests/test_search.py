@@ -12,7 +12,9 @@ from conftest import SMALL, random_params
 
 from kvjax import init_contexts, search
 from kvjax.config import SearchConfig
-from kvjax.search import _choose, _normalise_over_tree, _search
+from kvjax.mctx_search import _normalise_over_tree
+from kvjax.mctx_search import choose as _choose
+from kvjax.search import _search
 from kvjax.step import FIRST_STEP
 
 PARAMS = random_params(SMALL)

@@ -26,6 +26,42 @@ def test_within_tolerance(data, name):
     assert (report.steps, report.simulations) == (8, 80)
 
 
+@pytest.mark.parametrize("route", ["tree", "store"])
+@pytest.mark.parametrize("name", TRACES)
+def test_store_route(data, name, route):
+    report = verify.verify(data / name, route=route)
+    assert report.ok
+    assert report.route == route
+    assert max(report.max_abs_error.values()) < TOLERANCE / 10
+
+
+@pytest.mark.parametrize("route", ["tree", "store"])
+def test_every_answer_is_compared(data, tmp_path, route):
+    """One number changed in each kind of answer: each is reported, with its size."""
+
+    def change(arrays):
+        names = ("policy_logits", "value_logits", "k2", "v1")
+        for size, name in enumerate((*names, *verify.OUTPUTS[4:]), start=1):
+            arrays[f"step6/{name}"].reshape(-1)[-1] += 10.0 * size
+        arrays["step7/length"][1] += 1
+
+    report = verify.verify(rewritten(data / TRACES[0], tmp_path / "t.npz", change), route=route)
+    assert not report.ok
+    assert report.length_mismatches == 1
+    for size, name in enumerate(verify.OUTPUTS, start=1):
+        assert abs(report.max_abs_error[name] - 10.0 * size) < 1e-3
+
+
+def test_a_wrong_length_alone_fails(data, tmp_path):
+    def change(arrays):
+        arrays["step7/length"][1] += 1
+
+    report = verify.verify(rewritten(data / TRACES[0], tmp_path / "t.npz", change))
+    assert max(report.max_abs_error.values()) < TOLERANCE
+    assert report.length_mismatches == 1
+    assert not report.ok
+
+
 def break_correction(monkeypatch):
     exact = world_model.slide_correction
     monkeypatch.setattr(

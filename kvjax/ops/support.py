@@ -19,11 +19,11 @@ def inverse_value_transform(x: jax.Array) -> jax.Array:
     return jnp.sign(x) * (root - 1.0) * (root + 1.0)
 
 
-def to_scalar(logits: jax.Array, support: tuple[int, int]) -> jax.Array:
+def to_scalar(logits: jax.Array, support: tuple[int, int], axis: int = -1) -> jax.Array:
     """Scalar value of categorical logits: softmax expectation, then the inverse transform.
 
     Args:
-      logits: [..., S].
+      logits: [..., S], or with the S bins along another axis.
       support: first and last bin; S = last - first + 1.
 
     Returns:
@@ -31,4 +31,5 @@ def to_scalar(logits: jax.Array, support: tuple[int, int]) -> jax.Array:
     """
     first, last = support
     bins = jnp.arange(first, last + 1, dtype=logits.dtype)
-    return inverse_value_transform(jnp.sum(jax.nn.softmax(logits) * bins, axis=-1))
+    expectation = jnp.tensordot(jax.nn.softmax(logits, axis=axis), bins, axes=(axis, 0))
+    return inverse_value_transform(expectation)

@@ -1,0 +1,238 @@
+"""A batch of search trees with LightZero's rules, in fixed-shape arrays. Knows no model.
+
+Statistics of an edge live at its parent, so that one read per level is all that selection takes.
+Selection only reads them, and notes what it saw along its path; backup only writes them. XLA then
+updates the table in place.
+
+Shapes: B rows (one tree each), A actions, N nodes (the root is 0, simulation s makes node s + 1),
+V levels of the deepest path.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kvjax.config import SearchConfig
+
+ROOT = 0
+UNVISITED = -1.0
+
+# Fields of an edge.
+PRIOR = 0  # negative where the action is illegal
+CHILD = 1  # node index, exact in float32 up to 2**24
+VISITS = 2
+VALUE_SUM = 3
+REWARD = 4
+Q = 5
+_NUM_FIELDS = 6
+_UPDATED = slice(CHILD, _NUM_FIELDS)
+
+# Fields of a step of a path: where it went, and the edge's fields from CHILD on as they were.
+_NODE, _ACTION, _EDGE = 0, 1, 2
+_NUM_STEPS = _EDGE + _NUM_FIELDS - CHILD
+
+ILLEGAL = -1.0
+_MIN_RANGE = 0.01
+_LOW, _HIGH = 1e6, -1e6  # extremes of no value
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Tree:
+    """B trees."""
+
+    edges: jax.Array  # [N, B, 6, A] float32
+    root_visits: jax.Array  # [B] float32; begins at 1
+    root_value_sum: jax.Array  # [B]
+    low: jax.Array  # [B] smallest value that was backed up
+    high: jax.Array  # [B] largest
+    total_depth: jax.Array  # [B] float32, edges walked so far
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Path:
+    """Ways from the roots to the edges that are to be expanded."""
+
+    steps: jax.Array  # [V, B, 7] float32
+    depth: jax.Array  # [B] int32, edges on the path
+
+    def leaf(self) -> tuple[jax.Array, jax.Array]:
+        """Parent node and action of the edge to expand: [B] int32 each."""
+        rows = jnp.arange(self.depth.shape[0])
+        step = self.steps[self.depth - 1, rows]
+        return step[:, _NODE].astype(jnp.int32), step[:, _ACTION].astype(jnp.int32)
+
+
+def softmax(logits: jax.Array, legal: jax.Array | None = None) -> jax.Array:
+    """Probabilities of logits [B, A], summed in order; ILLEGAL where not `legal` [B, A]."""
+    allowed = jnp.ones(logits.shape, bool) if legal is None else legal
+    largest = jnp.max(jnp.where(allowed, logits, -jnp.inf), axis=1, keepdims=True)
+    exponents = jnp.where(allowed, jnp.exp(logits - largest), 0.0)
+    return jnp.where(allowed, exponents / _sum(exponents)[:, None], ILLEGAL)
+
+
+def _sum(x: jax.Array) -> jax.Array:
+    """Sums [B, A] over A from the first to the last, as the reference's loop does."""
+    total = x[:, 0]
+    for action in range(1, x.shape[1]):
+        total = total + x[:, action]
+    return total
+
+
+def init(prior: jax.Array, config: SearchConfig) -> Tree:
+    """Trees that hold their roots: prior [B, A] from `softmax`, perhaps with noise."""
+    rows, num_actions = prior.shape
+    shape = (config.num_simulations + 1, rows, _NUM_FIELDS, num_actions)
+    edges = jnp.zeros(shape).at[:, :, CHILD].set(UNVISITED).at[ROOT, :, PRIOR].set(prior)
+    return Tree(
+        edges=edges,
+        root_visits=jnp.ones(rows),
+        root_value_sum=jnp.zeros(rows),
+        low=jnp.full(rows, _LOW),
+        high=jnp.full(rows, _HIGH),
+        total_depth=jnp.zeros(rows),
+    )
+
+
+def _exploration(config: SearchConfig) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """MuZero's weight and the square root, by the visits of a node's children: [N] each."""
+    total, base = (
+        np.arange(config.num_simulations + 1, dtype=np.float32),
+        np.float32(config.pb_c_base),
+    )
+    weight = np.log((total + base + np.float32(1)) / base) + np.float32(config.pb_c_init)
+    return weight, np.sqrt(total)
+
+
+def select(tree: Tree, config: SearchConfig) -> Path:
+    """Walks all rows down together until each stands at an edge without a node."""
+    levels, rows = _max_depth(config), tree.low.shape[0]
+    weights, roots = (jnp.asarray(table) for table in _exploration(config))
+    every_row = jnp.arange(rows)
+
+    def goes_on(state: Any) -> jax.Array:
+        return jnp.any(state[1])
+
+    def descend(state: Any) -> Any:
+        level, active, node, parent_q, path = state
+        edge = tree.edges[node, every_row]
+        mean, action = _best(tree, edge, node, parent_q, weights, roots)
+        chosen = edge[every_row, :, action]
+        where = jnp.stack([node.astype(jnp.float32), action.astype(jnp.float32)], axis=1)
+        taken = jnp.concatenate([where, chosen[:, _UPDATED]], axis=1)
+        path = Path(
+            steps=jax.lax.dynamic_update_index_in_dim(path.steps, taken, level, 0),
+            depth=path.depth + active,
+        )
+        child = chosen[:, CHILD].astype(jnp.int32)
+        active = active & (child >= 0) & (level + 1 < levels)
+        return level + 1, active, jnp.where(active, child, node), mean, path
+
+    nowhere = Path(jnp.zeros((levels, rows, _NUM_STEPS)), jnp.zeros(rows, jnp.int32))
+    start = 0, jnp.ones(rows, bool), jnp.full(rows, ROOT), jnp.zeros(rows), nowhere
+    path: Path = jax.lax.while_loop(goes_on, descend, start)[-1]
+    return path
+
+
+def _max_depth(config: SearchConfig) -> int:
+    return min(config.max_depth or config.num_simulations, config.num_simulations)
+
+
+def _best(
+    tree: Tree,
+    edge: jax.Array,
+    node: jax.Array,
+    parent_q: jax.Array,
+    weights: jax.Array,
+    roots: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Each node's mean Q [B] and the action [B] with the largest score, the first on ties."""
+    visits = edge[:, VISITS]
+    tried = visits > 0
+    total_q, count = _sum(jnp.where(tried, edge[:, Q], 0.0)), _sum(tried.astype(jnp.float32))
+    at_root = (node == ROOT) & (count > 0)
+    mean = jnp.where(at_root, total_q / count, (parent_q + total_q) / (count + 1))
+    q = jnp.where(tried, edge[:, Q], mean[:, None])
+    spread = (tree.high - tree.low)[:, None]
+    scaled = (q - tree.low[:, None]) / jnp.maximum(spread, _MIN_RANGE)
+    value = jnp.clip(jnp.where(spread > 0, scaled, q), 0.0, 1.0)
+    total = _sum(visits).astype(jnp.int32)
+    exploration = weights[total][:, None] * (roots[total][:, None] / (visits + 1)) * edge[:, PRIOR]
+    score = jnp.where(edge[:, PRIOR] < 0, -jnp.inf, exploration + value)
+    return mean, jnp.argmax(score, axis=1).astype(jnp.int32)
+
+
+def expand(
+    tree: Tree,
+    path: Path,
+    node: jax.Array,
+    reward: jax.Array,
+    value: jax.Array,
+    prior: jax.Array,
+    config: SearchConfig,
+) -> Tree:
+    """Adds one node to each tree and backs its value up to the root.
+
+    Args:
+      node: [] int32, the new node's index, the same in all rows.
+      reward: [B] on the new edges.
+      value: [B] of the new nodes.
+      prior: [B, A] of the new nodes.
+    """
+    rows = tree.low.shape[0]
+    fresh = jnp.zeros((rows, _NUM_FIELDS, prior.shape[1])).at[:, CHILD].set(UNVISITED)
+    edges = jax.lax.dynamic_update_index_in_dim(tree.edges, fresh.at[:, PRIOR].set(prior), node, 0)
+    every_row, discount = jnp.arange(rows), jnp.float32(config.discount)
+
+    def back_up(state: Any) -> Any:
+        level, edges, gain, low, high = state
+        step = path.steps[level]
+        on_path, is_leaf = level < path.depth, level == path.depth - 1
+        child, old_visits, old_sum, old_reward = (
+            step[:, _EDGE + field - CHILD] for field in (CHILD, VISITS, VALUE_SUM, REWARD)
+        )
+        is_new = is_leaf & (child < 0)
+        child = jnp.where(is_new, jnp.asarray(node, jnp.float32), child)
+        received = jnp.where(is_new, reward, old_reward)
+        visits, value_sum = old_visits + 1, old_sum + gain
+        q = received + discount * (value_sum / visits)
+        parent = jnp.where(on_path, step[:, _NODE].astype(jnp.int32), edges.shape[0])
+        action = step[:, _ACTION].astype(jnp.int32)
+        update = jnp.stack([child, visits, value_sum, received, q], axis=1)
+        edges = edges.at[parent, every_row, _UPDATED, action].set(update, mode="drop")
+        low = jnp.where(on_path, jnp.minimum(low, q), low)
+        high = jnp.where(on_path, jnp.maximum(high, q), high)
+        return level - 1, edges, jnp.where(on_path, received + discount * gain, gain), low, high
+
+    deepest = jnp.max(path.depth) - 1
+    start = deepest, edges, value, tree.low, tree.high
+    _, edges, gain, low, high = jax.lax.while_loop(lambda s: s[0] >= 0, back_up, start)
+    visits, value_sum = tree.root_visits + 1, tree.root_value_sum + gain
+    root_q = discount * (value_sum / visits)
+    return Tree(
+        edges=edges,
+        root_visits=visits,
+        root_value_sum=value_sum,
+        low=jnp.minimum(low, root_q),
+        high=jnp.maximum(high, root_q),
+        total_depth=tree.total_depth + path.depth,
+    )
+
+
+def visit_counts(tree: Tree) -> jax.Array:
+    """Visits of the roots' actions: [B, A] int32."""
+    return tree.edges[ROOT, :, VISITS].astype(jnp.int32)
+
+
+def q_values(tree: Tree) -> jax.Array:
+    """Q values of the roots' actions: [B, A], 0 where never tried."""
+    return tree.edges[ROOT, :, Q]
+
+
+def root_value(tree: Tree) -> jax.Array:
+    """Mean return of the roots [B]; the network's own value of them is not part of it."""
+    return tree.root_value_sum / tree.root_visits
