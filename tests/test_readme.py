@@ -1,0 +1,21 @@
+"""The README's Python runs as printed, one block after the other."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).parent.parent / "README.md"
+BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+
+
+def test_python_blocks(data, monkeypatch, tmp_path, capsys):
+    pytest.importorskip("torch")
+    monkeypatch.chdir(tmp_path)
+    checkpoint = data / "cartpole_masked_lightzero_0.2.0.pth.tar"
+    (tmp_path / "ckpt_best.pth.tar").write_bytes(checkpoint.read_bytes())
+    names: dict[str, object] = {}
+    for block in BLOCKS:
+        exec(compile(block, str(README), "exec"), names)
+    assert len(BLOCKS) == 3
+    assert "hit rate" in capsys.readouterr().out
