@@ -139,7 +139,7 @@ def _play(args: argparse.Namespace) -> int:
 
     agent, _ = _read_agent(args)
     search_config = SearchConfig(num_simulations=args.simulations)
-    with _progress_bar("compiling") as bar:
+    with _progress_bar() as bar:
         task = bar.add_task("compiling", total=1.0)
 
         def show(status: Status) -> None:
@@ -207,7 +207,7 @@ def _bench(args: argparse.Namespace) -> int:
     from kvjax.bench import ops, search
 
     benchmark = {"search": search, "ops": ops}[args.what]
-    with _progress_bar("measuring") as bar:
+    with _progress_bar() as bar:
         task = bar.add_task("measuring", total=1.0)
         result = benchmark.run(
             only=args.only,
@@ -223,8 +223,7 @@ def _bench(args: argparse.Namespace) -> int:
     return 0
 
 
-def _progress_bar(description: str) -> Progress:
-    del description
+def _progress_bar() -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     return Progress(*columns, console=Console(stderr=True))
 

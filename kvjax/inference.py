@@ -358,12 +358,7 @@ def _with_context(
         return jax.vmap(lambda x: push(windows.init(config.window), x))(latent)
 
     rebuilt = jax.lax.cond(jnp.any(missed), alone, lambda unchanged: unchanged, window)
-
-    def choose(a: jax.Array, b: jax.Array) -> jax.Array:
-        return jnp.where(missed.reshape(-1, *[1] * (a.ndim - 1)), a, b)
-
-    chosen: Window = jax.tree.map(choose, rebuilt, window)
-    return chosen
+    return jax.vmap(windows.where)(missed, rebuilt, window)
 
 
 def _poison(out: Inference) -> Inference:

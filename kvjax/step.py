@@ -60,8 +60,7 @@ def root_step(
     _, continued = _push(
         params, world_model.embed_action(params, action, config=config), window, config
     )
-    empty = windows.init(config.window)
-    window = jax.tree.map(lambda new, old: jnp.where(starts, new, old), empty, continued)
+    window = windows.where(starts, windows.init(config.window), continued)
     hidden, window = _push(params, latent, window, config)
     policy, value = world_model.at_observation(params, hidden, config=config)
     return windows.slide(window, correction), policy, value

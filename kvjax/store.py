@@ -160,12 +160,9 @@ def take(store: Store, found: Found) -> Window:
     """Windows of found rows, empty ones for the others: `kv` [B, C, L, 2, H, D], `length` [B]."""
     in_root = found.root != NO_SLOT
 
-    def choose(a: jax.Array, b: jax.Array) -> jax.Array:
-        return jnp.where(in_root.reshape(-1, *[1] * (a.ndim - 1)), a, b)
-
     def from_both() -> Window:
         both = pools.take(store.roots, found.root), pools.take(store.nodes, found.node)
-        return _unpack(jax.tree.map(choose, *both))
+        return _unpack(jax.vmap(windows.where)(in_root, *both))
 
     def from_nodes() -> Window:
         return _unpack(pools.take(store.nodes, found.node))

@@ -162,6 +162,16 @@ class WindowTest(chex.TestCase, parameterized.TestCase):
         chex.assert_type([grown.kv, slid.kv], jnp.bfloat16)
 
 
+class WhereTest(chex.TestCase):
+    @chex.all_variants(with_pmap=False)
+    def test_where(self):
+        one, other = window(tokens(2)), window(tokens(5, seed=1))
+        chosen = self.variant(windows.where)(jnp.asarray(True), one, other)
+        chex.assert_trees_all_equal(chosen, one)
+        chosen = self.variant(windows.where)(jnp.asarray(False), one, other)
+        chex.assert_trees_all_equal(chosen, other)
+
+
 class BatchTest(chex.TestCase, parameterized.TestCase):
     """A row of a batch equals the same row alone, at unequal lengths."""
 

@@ -62,6 +62,12 @@ def valid_mask(window: Window | AlignedWindow) -> jax.Array:
     return (slots >= start) & (slots < start + window.length)
 
 
+def where(condition: jax.Array, window: Window, other: Window) -> Window:
+    """One window or the other: `condition` [] bool."""
+    chosen: Window = jax.tree.map(lambda a, b: jnp.where(condition, a, b), window, other)
+    return chosen
+
+
 def _shift(kv: jax.Array, slots: jax.Array) -> jax.Array:
     """Moves tokens `slots` to the right (to the left if negative), filling with zeros."""
     capacity = kv.shape[0]
