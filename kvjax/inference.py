@@ -8,7 +8,7 @@ Shapes: B rows, E embedding size, A actions, R support bins.
 """
 
 import functools
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +17,12 @@ import numpy as np
 from kvjax import pool as pools
 from kvjax import step, world_model
 from kvjax import store as stores
+from kvjax.checks import ArrayLike, num_rows, validate_batch, validate_range
 from kvjax.config import WorldModelConfig, require_one_of
 from kvjax.ops import hashing
 from kvjax.ops import window as windows
 from kvjax.types import Inference, Params, Store, Window
 
-ArrayLike = jax.Array | np.ndarray[Any, Any]
 MissPolicy = Literal["context_free", "error"]
 MISS_POLICIES = ("context_free", "error")
 
@@ -80,11 +80,11 @@ def initial_inference(
       ValueError: shapes or dtypes do not fit, or host arrays hold ids out of range.
       CacheMissError: a row missed and the policy is "error".
     """
-    rows = _num_rows(latent)
+    rows = num_rows(latent)
     ids = {"action": action, "env_id": env_id, "timestep": timestep}
-    _validate(store, config, rows, {"last_latent": last_latent, "latent": latent}, ids)
+    validate_batch(store, config, rows, {"last_latent": last_latent, "latent": latent}, ids)
     require_one_of("miss_policy", miss_policy, MISS_POLICIES)
-    _validate_range("action", action, step.FIRST_STEP, config.num_actions - 1)
+    validate_range("action", action, step.FIRST_STEP, config.num_actions - 1)
     store, out = _initial(
         params,
         store,
@@ -144,12 +144,12 @@ def recurrent_inference(
     Raises:
       ValueError, CacheMissError: as `initial_inference`; and more rows than the node pool's slots.
     """
-    rows = _num_rows(latent)
+    rows = num_rows(latent)
     ids = {"action": action, "env_id": env_id, "depth": depth, "timestep": timestep}
     ids |= {} if slot is None else {"slot": slot}
-    _validate(store, config, rows, {"latent": latent}, ids)
+    validate_batch(store, config, rows, {"latent": latent}, ids)
     require_one_of("miss_policy", miss_policy, MISS_POLICIES)
-    _validate_range("action", action, 0, config.num_actions - 1)
+    validate_range("action", action, 0, config.num_actions - 1)
     if rows > pools.total_slots(store.nodes):
         raise ValueError(f"{rows} rows do not fit into {pools.total_slots(store.nodes)} node slots")
     store, out = _recurrent(
@@ -169,53 +169,6 @@ def recurrent_inference(
     if miss_policy == "error" and not reanalysis:
         _raise_on_miss(store, out.valid & ~out.hit)
     return store, out
-
-
-def _num_rows(latent: ArrayLike) -> int:
-    shape = np.shape(latent)
-    if len(shape) != 2 or shape[0] < 1:
-        raise ValueError(f"latent must have shape [B, E] with at least one row, got {shape}")
-    return int(shape[0])
-
-
-def _validate(
-    store: Store,
-    config: WorldModelConfig,
-    rows: int,
-    latents: dict[str, ArrayLike],
-    ids: dict[str, ArrayLike],
-) -> None:
-    _validate_store(store, config)
-    for name, value in latents.items():
-        expected = (rows, config.embed_dim)
-        if np.shape(value) != expected or value.dtype != jnp.float32:
-            raise ValueError(
-                f"{name} must be float32 of shape {expected}, got {value.dtype} {np.shape(value)}"
-            )
-    for name, value in ids.items():
-        is_integer = hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jnp.integer)
-        if np.shape(value) != (rows,) or not is_integer:
-            dtype = getattr(value, "dtype", type(value).__name__)
-            raise ValueError(
-                f"{name} must be integers of shape {(rows,)}, got {dtype} {np.shape(value)}"
-            )
-    _validate_range("env_id", ids["env_id"], 0, stores.num_envs(store) - 1)
-
-
-def _validate_store(store: Store, config: WorldModelConfig) -> None:
-    held = store.roots.entries.kv
-    expected = (config.window.kept_length, *config.window.token_shape)
-    if held.shape[1:] != expected or held.dtype != config.dtype:
-        raise ValueError(
-            f"the store holds windows {held.dtype} {held.shape[1:]}, the model's are"
-            f" {config.dtype} {expected}"
-        )
-
-
-def _validate_range(name: str, value: ArrayLike, first: int, last: int) -> None:
-    """Host arrays only: looking into a device array would wait for it."""
-    if isinstance(value, np.ndarray) and ((value < first) | (value > last)).any():
-        raise ValueError(f"{name} must be in {first} .. {last}, got {value.tolist()}")
 
 
 def _raise_on_miss(store: Store, missed: jax.Array) -> None:

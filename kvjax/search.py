@@ -4,7 +4,6 @@ Shapes: B environments, A actions, E embedding size, C context_length in tokens.
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +11,7 @@ import numpy as np
 
 from kvjax import mctx_search, own_token_search, step, world_model
 from kvjax import tree as trees
+from kvjax.checks import ArrayLike, validate_range
 from kvjax.config import SearchConfig, WorldModelConfig
 from kvjax.fused import fold
 from kvjax.ops import support
@@ -19,8 +19,6 @@ from kvjax.ops import window as windows
 from kvjax.types import Contexts, Params, Prepared, SearchOutput
 
 _TINY = float(np.finfo(np.float32).tiny)
-
-ArrayLike = jax.Array | np.ndarray[Any, Any]
 
 
 def init_contexts(config: WorldModelConfig, num_envs: int) -> Contexts:
@@ -109,13 +107,7 @@ def _validate(
     for name, (value, shape) in expected.items():
         if np.shape(value) != shape:
             raise ValueError(f"{name} must have shape {shape}, got {np.shape(value)}")
-    if isinstance(last_action, np.ndarray):
-        outside = (last_action < step.FIRST_STEP) | (last_action >= config.num_actions)
-        if outside.any():
-            raise ValueError(
-                f"last_action must be in -1 .. {config.num_actions - 1}, got"
-                f" {last_action[outside].tolist()} in rows {np.flatnonzero(outside).tolist()}"
-            )
+    validate_range("last_action", last_action, step.FIRST_STEP, config.num_actions - 1)
     if isinstance(legal, np.ndarray) and not legal.any(axis=-1).all():
         rows = np.flatnonzero(~legal.any(axis=-1)).tolist()
         raise ValueError(f"every row needs a legal action, rows {rows} have none")

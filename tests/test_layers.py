@@ -12,6 +12,7 @@ LAYERS = (
     ("ops", "statistics", "reference_tree"),
     ("pool",),  # storage stands below the model
     ("store",),
+    ("checks",),
     ("world_model",),
     ("step",),
     ("fused", "tree", "mctx_search"),
