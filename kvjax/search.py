@@ -78,6 +78,9 @@ def search(
     num_envs = contexts.timestep.shape[0]
     if legal is None:
         legal = np.ones((num_envs, config.num_actions), bool)
+    observation, last_action, legal = (
+        x if isinstance(x, jax.Array) else np.asarray(x) for x in (observation, last_action, legal)
+    )
     _validate(num_envs, observation, last_action, legal, config)
     contexts, out = _search(
         params,
@@ -107,6 +110,8 @@ def _validate(
     for name, (value, shape) in expected.items():
         if np.shape(value) != shape:
             raise ValueError(f"{name} must have shape {shape}, got {np.shape(value)}")
+    if not jnp.issubdtype(last_action.dtype, jnp.integer):
+        raise ValueError(f"last_action must be integers, got {last_action.dtype}")
     validate_range("last_action", last_action, step.FIRST_STEP, config.num_actions - 1)
     if isinstance(legal, np.ndarray) and not legal.any(axis=-1).all():
         rows = np.flatnonzero(~legal.any(axis=-1)).tolist()

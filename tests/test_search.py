@@ -220,6 +220,8 @@ def test_normalisation_over_the_tree():
         ({"last_action": np.zeros((3,))}, r"last_action must have shape \(2,\), got \(3,\)"),
         ({"last_action": np.array([-1, 3])}, r"last_action must be in -1 .. 2, got \[-1, 3\]"),
         ({"last_action": np.array([-2, 0])}, r"last_action must be in -1 .. 2, got \[-2, 0\]"),
+        ({"last_action": [-1, 3]}, r"last_action must be in -1 .. 2, got \[-1, 3\]"),
+        ({"last_action": np.array([-1.0, 0.5])}, "last_action must be integers, got float64"),
         ({"legal": np.ones((2, 2), bool)}, r"legal must have shape \(2, 3\), got \(2, 2\)"),
         ({"legal": np.eye(2, 3, dtype=bool) * [[1], [0]] > 0}, r"rows \[1\] have none"),
     ],
