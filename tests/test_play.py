@@ -43,6 +43,12 @@ def test_both_routes_play_alike(masked_agent):
     assert returns(masked_agent, 3, route="store") == returns(masked_agent, 3, route="tree")
 
 
+def test_mctx_plays_as_well(masked_agent):
+    """MuZero's policy of mctx, with a window per node and values scaled over the whole tree."""
+    config = SearchConfig(num_simulations=25, tree="muzero")
+    assert play(masked_agent, episodes=4, search_config=config).mean_return >= 195
+
+
 def test_progress_and_summary(masked_agent):
     shown = []
     summary = play(masked_agent, episodes=3, search_config=SHORT, progress=shown.append)

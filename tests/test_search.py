@@ -201,13 +201,15 @@ def test_normalisation_over_the_tree():
         children_rewards=jnp.asarray(rewards),
         children_values=jnp.asarray(values),
         children_discounts=jnp.full(shape[1:], 0.5),
-        node_values=jnp.asarray([2.0, 3.0, -1.0, 0.0]),
+        node_values=jnp.asarray([4.0, 3.0, -1.0, 0.0]),
     )
-    # Edges: 1 + 0.5 * 3 = 2.5 and 0.5 - 0.5 = 0; with the root's 2.0 the extremes are 0 and 2.5.
+    # Edges: 1 + 0.5 * 3 = 2.5 and 0.5 - 0.5 = 0; with the root's 4.0 the extremes are 0 and 4.
     root = _normalise_over_tree(tree, jnp.int32(0))
-    np.testing.assert_allclose(root, [1.0, 1.0])  # the untried action counts as its sibling's mean
+    np.testing.assert_allclose(
+        root, [0.625, 0.625]
+    )  # the untried action counts as its sibling's mean
     inner = _normalise_over_tree(tree, jnp.int32(1))
-    np.testing.assert_allclose(inner, [(3.0 + 0.0) / 2 / 2.5, 0.0])
+    np.testing.assert_allclose(inner, [(3.0 + 0.0) / 2 / 4.0, 0.0])
     leaf = _normalise_over_tree(tree, jnp.int32(2))
     np.testing.assert_allclose(leaf, [0.0, 0.0])
 
