@@ -207,7 +207,7 @@ def test_normalisation_over_the_tree():
     root = _normalise_over_tree(tree, jnp.int32(0))
     np.testing.assert_allclose(
         root, [0.625, 0.625]
-    )  # the untried action counts as its sibling's mean
+    )  # untried: its sibling's mean
     inner = _normalise_over_tree(tree, jnp.int32(1))
     np.testing.assert_allclose(inner, [(3.0 + 0.0) / 2 / 4.0, 0.0])
     leaf = _normalise_over_tree(tree, jnp.int32(2))
