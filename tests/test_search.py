@@ -205,9 +205,7 @@ def test_normalisation_over_the_tree():
     )
     # Edges: 1 + 0.5 * 3 = 2.5 and 0.5 - 0.5 = 0; with the root's 4.0 the extremes are 0 and 4.
     root = _normalise_over_tree(tree, jnp.int32(0))
-    np.testing.assert_allclose(
-        root, [0.625, 0.625]
-    )  # untried: its sibling's mean
+    np.testing.assert_allclose(root, [0.625, 0.625])  # untried: its sibling's mean
     inner = _normalise_over_tree(tree, jnp.int32(1))
     np.testing.assert_allclose(inner, [(3.0 + 0.0) / 2 / 4.0, 0.0])
     leaf = _normalise_over_tree(tree, jnp.int32(2))
