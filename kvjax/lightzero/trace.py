@@ -18,7 +18,7 @@ from kvjax.types import Params
 
 Array = np.ndarray[Any, Any]
 
-_INPUTS = ("prev_latent", "action", "latent", "timestep", "parent", "sim_action", "depth")
+_INPUTS = ("action", "prev_latent", "latent", "timestep", "parent", "sim_action", "depth")
 _ANSWERS = ("policy_logits", "value_logits", "length")
 _SIMULATION_ANSWERS = ("reward_logits", "next_latent", "sim_policy_logits", "sim_value_logits")
 _MODES = {"rope": "rotary positions", "rebuild": "exact rebuild", "reset": "exact reset"}
