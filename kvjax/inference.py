@@ -159,6 +159,7 @@ def recurrent_inference(
         action,
         env_id,
         depth,
+        timestep,
         slot,
         priority,
         config=config,
@@ -202,14 +203,18 @@ def _initial(
     found = stores.only(stores.find(store, last_keys, env_id, roots_only=True), asks)
     missed = continues & ~found.hit
     kept = _kept(valid, missed, miss_policy, reanalysis)
-    window = _with_context(params, stores.take(store, found), last_latent, missed, config)
+    window = stores.take(store, found)
+    window = _with_context(params, window, last_latent, timestep, missed, config)
     store = stores.count_lookups(store, found, asks, roots_only=True)
     store = stores.count_padding(store, window.length, continues)
     store = stores.touch(store, stores.only(found, kept))
 
     correction = world_model.slide_correction(params, config=config)
     push = functools.partial(step.root_step, params, correction, config=config)
-    window, policy, value = jax.vmap(push)(window, action, latent)
+    full = step.any_overflows(window, config)
+    window, policy, value = jax.vmap(push, in_axes=(0, 0, 0, 0, None))(
+        window, action, latent, timestep, full
+    )
     keys = stores.latent_keys(store, latent, env_id)
     rank = timestep if priority is None else priority
     store, handle = stores.add_roots(
@@ -240,6 +245,7 @@ def _recurrent(
     action: jax.Array,
     env_id: jax.Array,
     depth: jax.Array,
+    timestep: jax.Array,
     slot: jax.Array | None,
     priority: jax.Array | None,
     *,
@@ -259,7 +265,8 @@ def _recurrent(
     found = stores.only(found, asks)
     missed = valid & ~found.hit
     kept = _kept(valid, missed, miss_policy, reanalysis)
-    window = _with_context(params, stores.take(store, found), latent, missed, config)
+    window = stores.take(store, found)
+    window = _with_context(params, window, latent, timestep, missed, config)
     store = stores.count_lookups(store, found, asks)
     store = stores.count_padding(store, window.length, valid)
     store = stores.touch(store, stores.only(found, kept))
@@ -267,7 +274,10 @@ def _recurrent(
     correction = world_model.slide_correction(params, config=config)
     pads = jnp.max(window.length) - window.length if pads_are_read else None
     imagine = functools.partial(step.recurrent_step, params, correction, config=config)
-    window, imagined = jax.vmap(lambda w, a, p: imagine(w, a, zero_keys=p))(window, action, pads)
+    full = step.any_overflows(window, config)
+    window, imagined = jax.vmap(imagine, in_axes=(0, 0, 0, 0, None))(
+        window, action, depth, timestep, full, zero_keys=pads
+    )
     if slot is None:
         child_keys = stores.latent_keys(store, imagined.latent, env_id)
     else:
@@ -302,13 +312,18 @@ def _kept(
 
 
 def _with_context(
-    params: Params, window: Window, latent: jax.Array, missed: jax.Array, config: WorldModelConfig
+    params: Params,
+    window: Window,
+    latent: jax.Array,
+    timestep: jax.Array,
+    missed: jax.Array,
+    config: WorldModelConfig,
 ) -> Window:
     """Gives rows that missed a context of one token, their latent's; free of cost if none did."""
 
     def alone(_: Window) -> Window:
         push = functools.partial(step.observe, params, config=config)
-        return jax.vmap(lambda x: push(windows.init(config.window), x))(latent)
+        return jax.vmap(lambda x, t: push(windows.init(config.window), x, t))(latent, timestep)
 
     rebuilt = jax.lax.cond(jnp.any(missed), alone, lambda unchanged: unchanged, window)
     return jax.vmap(windows.where)(missed, rebuilt, window)

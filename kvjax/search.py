@@ -136,19 +136,22 @@ def _search(
     encode = functools.partial(world_model.encode, variables, config=config)
     push = functools.partial(step.root_step, variables, correction, config=config)
     latent = jax.vmap(encode)(observation)
-    window, policy, value = jax.vmap(push)(contexts.window, last_action, latent)
-    starts = last_action == step.FIRST_STEP
-    contexts = Contexts(window, jnp.where(starts, 0, contexts.timestep + 1))
+    timestep = jnp.where(last_action == step.FIRST_STEP, 0, contexts.timestep + 1)
+    full = step.any_overflows(contexts.window, config)
+    window, policy, value = jax.vmap(push, in_axes=(0, 0, 0, 0, None))(
+        contexts.window, last_action, latent, timestep, full
+    )
+    contexts = Contexts(window, timestep)
     root_value = support.to_scalar(value, config.support)
     if search.tree != "lightzero":
         return contexts, mctx_search.run(
-            variables, rng, window, policy, root_value, legal, correction, config, search
+            variables, rng, contexts, policy, root_value, legal, correction, config, search
         )
     noise_rng, action_rng = jax.random.split(rng)
     prior = trees.softmax(policy, legal)
     folded = fold(variables, config=config) if folded is None else folded
     noisy = _with_noise(noise_rng, prior, legal, search)
-    tree = own_token_search.run(folded, noisy, window, config, search)
+    tree = own_token_search.run(folded, noisy, contexts, config, search)
     visit_counts = trees.visit_counts(tree)
     return contexts, SearchOutput(
         action=mctx_search.choose(action_rng, visit_counts, legal, search.temperature),

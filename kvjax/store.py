@@ -96,14 +96,21 @@ def num_envs(store: Store) -> int:
 
 
 def _pack(window: Window) -> Window:
-    """Leaves out slots that no stored window uses: `kv` [.., C, ..] to [.., C - 3, ..]."""
-    return _replace(window, kv=window.kv[..., : -(1 + BLOCK), :, :, :, :])
+    """Leaves out slots that no stored window uses: C becomes C - 3."""
+    raw = None if window.raw is None else window.raw[..., : -(1 + BLOCK), :]
+    return _replace(window, kv=window.kv[..., : -(1 + BLOCK), :, :, :, :], raw=raw)
 
 
 def _unpack(window: Window) -> Window:
     """Undoes `_pack`."""
-    pad = [(0, 0)] * (window.kv.ndim - 5) + [(0, 1 + BLOCK)] + [(0, 0)] * 4
-    return _replace(window, kv=jnp.pad(window.kv, pad))
+
+    def pad(rows: jax.Array, axis: int) -> jax.Array:
+        widths = [(0, 0)] * rows.ndim
+        widths[axis] = (0, 1 + BLOCK)
+        return jnp.pad(rows, widths)
+
+    raw = None if window.raw is None else pad(window.raw, -2)
+    return _replace(window, kv=pad(window.kv, -5), raw=raw)
 
 
 def latent_keys(store: Store, latent: jax.Array, env_id: jax.Array) -> jax.Array:

@@ -21,6 +21,7 @@ class Window:
 
     kv: jax.Array  # [C, L, 2, H, D], keys at 0 and values at 1 of the third axis
     length: jax.Array  # [] int32
+    raw: jax.Array | None = None  # [C, E] tokens before positions, where a mode keeps them
 
 
 @jax.tree_util.register_dataclass
