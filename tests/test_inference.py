@@ -397,7 +397,7 @@ def test_bfloat16_entries():
 def lowered(node_slots):
     store = init_store(SMALL, ENVS, SIMULATIONS, node_slots=node_slots)
     options = {"config": SMALL, "miss_policy": "context_free", "reanalysis": False}
-    ids = (zeros(), zeros(), zeros())
+    ids = (zeros(), zeros(), zeros(), zeros())
     yield (
         store,
         _recurrent.lower(

@@ -97,7 +97,7 @@ def test_folded_model_equals_the_model(config):
         return own, reward, latent, policy, value
 
     expected = jax.vmap(one_row)(action, windows.Window(kv, length))
-    x = fused.embed_action(folded, action, length)
+    x = fused.place(folded, fused.embed_action(folded, action), length)
     x, own = fused.token_step(folded, x, kv, valid)
     heads = (*fused.at_action(folded, x, config=config), *fused.at_observation(folded, x))
     for ours, theirs in zip((own, *(head.T for head in heads)), expected, strict=True):
