@@ -16,9 +16,9 @@ import numpy as np
 
 from kvjax import step, world_model
 from kvjax import store as stores
+from kvjax.contexts import init_contexts
 from kvjax.inference import initial_inference, recurrent_inference
 from kvjax.lightzero import trace as traces
-from kvjax.search import init_contexts
 from kvjax.types import Inference, Prediction, Window
 
 Array = np.ndarray[Any, Any]
