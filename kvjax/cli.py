@@ -15,7 +15,7 @@ from rich.table import Table
 
 from kvjax import checkpoint
 from kvjax.checkpoint import Checkpoint
-from kvjax.config import EnvironmentConfig, SearchConfig
+from kvjax.config import WINDOW_MODES, EnvironmentConfig, SearchConfig
 from kvjax.planner import ROUTES
 
 DEFAULT_AGENT = "cartpole_masked"
@@ -91,6 +91,9 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("what a LightZero file does not tell")
     model.add_argument("--num-heads", type=int)
     model.add_argument("--context-length", type=int, help="tokens")
+    model.add_argument(
+        "--window-mode", choices=WINDOW_MODES, help="what a full window does, and rotary positions"
+    )
     model.add_argument("--env", help="Gymnasium environment")
     model.add_argument(
         "--observation-scale", type=_numbers, metavar="X,X,...", help="factors of the observation"
@@ -105,6 +108,7 @@ def _read_agent(args: argparse.Namespace) -> tuple[Checkpoint, tuple[str, ...]]:
     """Reads a shipped, kvjax or LightZero checkpoint; also names the tensors left out."""
     source = checkpoint.shipped().get(args.checkpoint, Path(args.checkpoint))
     given = {"num_heads": args.num_heads, "context_length": args.context_length}
+    mode = {} if args.window_mode is None else {"window_mode": args.window_mode}
     ignored: tuple[str, ...] = ()
     if source.suffix == checkpoint.SUFFIX:
         agent = checkpoint.load(source)
@@ -112,10 +116,11 @@ def _read_agent(args: argparse.Namespace) -> tuple[Checkpoint, tuple[str, ...]]:
             stored = getattr(agent.config, name)
             if value not in (None, stored):
                 raise ValueError(f"{source} was converted with {name} {stored}, got {value}")
+        agent = dataclasses.replace(agent, config=dataclasses.replace(agent.config, **mode))
     else:
         from kvjax.lightzero.checkpoint import read
 
-        imported = read(source, **given)
+        imported = read(source, **given, **mode)
         agent, ignored = Checkpoint(imported.config, imported.params), imported.ignored
     return dataclasses.replace(agent, environment=_environment(args, agent)), ignored
 

@@ -108,7 +108,7 @@ def replay(
     contexts, policy, value = _replay(
         params,
         contexts,
-        jnp.asarray(observation, jnp.float32),
+        jnp.asarray(observation),
         jnp.asarray(action, jnp.int32),
         jnp.asarray(length, jnp.int32),
         config=config,
@@ -141,6 +141,9 @@ def _replay(
 
     steps = action.shape[1]
     history = jnp.arange(steps), jnp.moveaxis(observation, 1, 0), action.T
-    nothing = jnp.zeros((rows, config.num_actions)), jnp.zeros((rows, config.support_size))
-    (contexts, policy, value), _ = jax.lax.scan(one_step, (contexts, *nothing), history)
-    return contexts, policy, value
+    step_of = functools.partial(advance, params, correction, contexts, config=config)
+    _, *outputs = jax.eval_shape(step_of, observation[:, 0], action[:, 0])
+    policy, value = (jnp.zeros(x.shape, x.dtype) for x in outputs)
+    start = contexts, policy, value
+    result: tuple[Contexts, jax.Array, jax.Array] = jax.lax.scan(one_step, start, history)[0]
+    return result
