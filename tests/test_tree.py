@@ -1,4 +1,4 @@
-"""The native tree: LightZero's recorded searches, and windows of own tokens."""
+"""The search of own tokens and the folded model; recorded searches are in test_verify_search."""
 
 import dataclasses
 import functools
@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import SMALL, random_params
-from test_reference_tree import recorded_trees
 
 from kvjax import (
     SearchConfig,
@@ -18,64 +17,12 @@ from kvjax import (
     reference_tree,
     search,
     step,
-    tree,
     world_model,
 )
 from kvjax.ops import support
 from kvjax.ops import window as windows
 
 MAIN = dataclasses.replace(SMALL, layout="main", encoder_norm="layernorm", latent_norm="layernorm")
-
-
-@functools.partial(jax.jit, static_argnames="config")
-def searched(prior, answers, config):
-    def simulate(simulation, grown):
-        path = tree.select(grown, config)
-        edge = (jnp.arange(prior.shape[0]), *path.leaf())
-        new = [answers[name][edge] for name in ("reward", "value", "logits")]
-        return tree.expand(grown, path, simulation + 1, *new[:2], tree.softmax(new[2]), config)
-
-    return jax.lax.fori_loop(0, config.num_simulations, simulate, tree.init(prior, config))
-
-
-def test_two_hundred_recorded_searches(data):
-    compared = 0
-    for described, answers in recorded_trees(data):
-        config = SearchConfig(described["simulations"], discount=described["discount"])
-        batch = {name: jnp.asarray(value)[None] for name, value in answers.items()}
-        legal = batch["legal"].astype(bool)
-        prior = tree.softmax(batch["root_logits"], legal)
-        if described["noise"]:
-            prior = jnp.where(legal, prior * 0.75 + 0.25 * batch["noise"], tree.ILLEGAL)
-        answered = {name: batch[name] for name in ("reward", "value", "logits")}
-        grown = searched(prior, answered, config)
-        np.testing.assert_array_equal(tree.visit_counts(grown)[0], answers["visits"])
-        np.testing.assert_allclose(tree.root_value(grown)[0], answers["root_value"], rtol=1e-5)
-        compared += 1
-    assert compared == 200
-
-
-@pytest.mark.parametrize("seed", [1000, 1001])
-def test_recorded_episodes_of_the_trained_agent(data, masked_agent, seed):
-    """Identical visits and actions on all 200 steps of an episode, about 195 of them slid."""
-    with np.load(data / "cartpole_masked_episodes.npz") as archive:
-        names = ("obs", "action", "visits", "root_value")
-        recorded = {name: archive[f"seed{seed}/{name}"] for name in names}
-    config, contexts = masked_agent.config, init_contexts(masked_agent.config, 1)
-    params = prepare(masked_agent.params, config=config)
-    for t in range(200):
-        contexts, out = search(
-            params,
-            jax.random.key(0),
-            contexts,
-            recorded["obs"][[t]],
-            np.array([recorded["action"][t - 1] if t else -1]),
-            config=config,
-            search=SearchConfig(num_simulations=25),
-        )
-        np.testing.assert_array_equal(out.visit_counts[0], recorded["visits"][t])
-        np.testing.assert_allclose(out.root_value[0], recorded["root_value"][t], atol=2e-3)
-        assert out.action[0] == recorded["action"][t]
 
 
 @pytest.mark.parametrize("config", [SMALL, MAIN], ids=["0.2.0", "main"])

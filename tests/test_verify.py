@@ -202,8 +202,6 @@ def test_bad_traces(data, tmp_path, change, message):
     ("name", "message"),
     [
         ("lightzero_main_rope.npz", "rotary positions .* not supported yet"),
-        ("lightzero_main_trees.npz", "tree trace, which is not supported yet"),
-        ("cartpole_masked_episodes.npz", "episode trace, which is not supported yet"),
         ("cartpole_lightzero_0.2.0.pth.tar", "holds no config: it is no trace"),
     ],
 )
