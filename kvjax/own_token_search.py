@@ -6,7 +6,7 @@ are stored without what their position adds to them (for learned absolute positi
 their slot adds when they are read: that is the sum of all corrections of the slides in between.
 
 Shapes: B rows, C context_length in tokens, T = C - 3 slots of a stored window, M tokens per row, N
-nodes, F = L * 2 * H * D numbers per token, E embedding size, A actions.
+nodes, L layers, E embedding size (H heads of D), A actions.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from kvjax import fused
 from kvjax import tree as trees
 from kvjax.config import BLOCK, SearchConfig, WorldModelConfig
-from kvjax.fused import Folded
+from kvjax.fused import Cached, Folded, Fresh
 from kvjax.ops import support
 from kvjax.tree import Path, Tree
 from kvjax.types import Window
@@ -29,7 +29,7 @@ from kvjax.types import Window
 class Tokens:
     """Tokens of B trees and each node's window as indices into them."""
 
-    kv: jax.Array  # [M, B, F] without positions
+    kv: tuple[jax.Array, ...]  # [M, B, E] without positions: keys and values, layer by layer
     slots: jax.Array  # [N, B, T] int32 indices along M
     length: jax.Array  # [N, B] int32
 
@@ -39,31 +39,48 @@ def init_tokens(folded: Folded, window: Window, config: WorldModelConfig, nodes:
     rows, kept = window.length.shape[0], config.window.kept_length
     valid = jnp.arange(kept) < window.length[:, None]
     bare = window.kv[:, :kept].astype(jnp.float32) - folded.projected[:kept]
-    bare = jnp.where(valid[..., None], bare.reshape(rows, kept, -1), 0.0)
-    table = jnp.zeros((kept + BLOCK * (nodes - 1), rows, bare.shape[-1]), config.dtype)
+    bare = jnp.where(valid[..., None, None, None, None], bare, 0.0)
+    shape = (kept + BLOCK * (nodes - 1), rows, config.embed_dim)
+    tables = [
+        jnp.zeros(shape, config.dtype).at[:kept].set(jnp.moveaxis(part, 0, 1).astype(config.dtype))
+        for part in _parts(bare)
+    ]
     slots = jnp.zeros((nodes, rows, kept), jnp.int32).at[trees.ROOT].set(jnp.arange(kept))
     return Tokens(
-        kv=table.at[:kept].set(jnp.moveaxis(bare, 0, 1).astype(config.dtype)),
+        kv=tuple(tables),
         slots=slots,
         length=jnp.zeros((nodes, rows), jnp.int32).at[trees.ROOT].set(window.length),
     )
 
 
+def _parts(kv: jax.Array) -> list[jax.Array]:
+    """Splits [..., L, 2, H, D] into 2L arrays [..., E]."""
+    layers, kinds, heads, head_dim = kv.shape[-4:]
+    flat = kv.reshape(*kv.shape[:-4], layers * kinds, heads * head_dim)
+    return [flat[..., part, :] for part in range(layers * kinds)]
+
+
 def read(
     tokens: Tokens, folded: Folded, node: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+) -> tuple[Cached, jax.Array, jax.Array, jax.Array]:
     """Windows of one node per row, [B] int32, as the model reads them.
 
+    Keys and values of each layer have tables of their own, so that what is gathered is read as it
+    lies.
+
     Returns:
-      Keys and values [B, T, L, 2, H, D], slots [B, T], lengths [B], valid slots [B, T] bool.
+      Keys and values [B, T, E] of each layer, slots [B, T], lengths [B], valid slots [B, T] bool.
     """
     rows, kept = node.shape[0], tokens.slots.shape[-1]
     every_row = jnp.arange(rows)
     slots, length = tokens.slots[node, every_row], tokens.length[node, every_row]
-    bare = tokens.kv[slots, every_row[:, None]].astype(jnp.float32)
-    positions = folded.projected[:kept]
-    kv = bare.reshape(rows, *positions.shape) + positions
-    return kv, slots, length, jnp.arange(kept) < length[:, None]
+    positions = _parts(folded.projected[:kept])
+    read = [
+        table[slots, every_row[:, None]].astype(jnp.float32) + position
+        for table, position in zip(tokens.kv, positions, strict=True)
+    ]
+    cached = tuple(zip(read[0::2], read[1::2], strict=True))
+    return cached, slots, length, jnp.arange(kept) < length[:, None]
 
 
 def write(
@@ -72,16 +89,24 @@ def write(
     simulation: jax.Array,
     slots: jax.Array,
     length: jax.Array,
-    fresh: tuple[jax.Array, jax.Array],
+    fresh: tuple[Fresh, Fresh],
 ) -> Tokens:
     """Adds the node of a simulation: its parent's `slots` [B, T] and `length` [B], and its block.
 
-    The block's two tokens [B, L, 2, H, D] go to the table; a parent that is full loses its oldest
-    block, which is what a slide does.
+    The block's two tokens go to the tables; a parent that is full loses its oldest block, which is
+    what a slide does.
     """
-    rows, kept = slots.shape
-    bare = [kv - folded.projected[length + i] for i, kv in enumerate(fresh)]
-    block = jnp.stack([kv.reshape(rows, -1) for kv in bare]).astype(tokens.kv.dtype)
+    kept = slots.shape[1]
+    positions = [_parts(folded.projected[length + i]) for i in range(BLOCK)]
+    blocks = [
+        jnp.stack(
+            [
+                token[part // 2][:, part % 2] - at[part]
+                for token, at in zip(fresh, positions, strict=True)
+            ]
+        )
+        for part in range(len(tokens.kv))
+    ]
     first = kept + BLOCK * simulation
     slides = (length == kept)[:, None]
     shifted = jnp.where(slides, jnp.roll(slots, -BLOCK, axis=1), slots)
@@ -92,7 +117,10 @@ def write(
     node = simulation + 1
     update = jax.lax.dynamic_update_slice_in_dim
     return Tokens(
-        kv=update(tokens.kv, block, first, 0),
+        kv=tuple(
+            update(table, block.astype(table.dtype), first, 0)
+            for table, block in zip(tokens.kv, blocks, strict=True)
+        ),
         slots=update(tokens.slots, extended[None].astype(jnp.int32), node, 0),
         length=update(tokens.length, grown[None], node, 0),
     )

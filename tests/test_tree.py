@@ -44,7 +44,12 @@ def test_folded_model_equals_the_model(config):
 
     expected = jax.vmap(one_row)(action, windows.Window(kv, length))
     x = fused.embed_action(folded, action, length)
-    x, own = fused.token_step(folded, x, kv, valid)
+    cached = tuple(
+        tuple(kv[:, :, layer, kind].reshape(*kv.shape[:2], -1) for kind in range(2))
+        for layer in range(config.num_layers)
+    )
+    x, own = fused.token_step(folded, x, cached, valid)
+    own = jnp.stack(own, axis=1).reshape(4, *config.window.token_shape)
     heads = (*fused.at_action(folded, x, config=config), *fused.at_observation(folded, x))
     for ours, theirs in zip((own, *(head.T for head in heads)), expected, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-5)
