@@ -75,6 +75,37 @@ def search(
       ValueError: a shape does not fit, or host arrays hold an action outside -1 .. A - 1 or a row
         without a legal action.
     """
+    arrays = _arrays(contexts, observation, last_action, legal, config)
+    contexts, out = _search(params, rng, contexts, *arrays, config=config, search=search)
+    return contexts, out
+
+
+def compiled(
+    params: Params | Prepared,
+    rng: jax.Array,
+    contexts: Contexts,
+    observation: ArrayLike,
+    last_action: ArrayLike,
+    legal: ArrayLike | None = None,
+    *,
+    config: WorldModelConfig,
+    search: SearchConfig,
+) -> jax.stages.Compiled:
+    """What `search` runs for these arguments: its text, and how much memory it takes."""
+    arrays = _arrays(contexts, observation, last_action, legal, config)
+    lowered = _search.lower(params, rng, contexts, *arrays, config=config, search=search)
+    program: jax.stages.Compiled = lowered.compile()
+    return program
+
+
+def _arrays(
+    contexts: Contexts,
+    observation: ArrayLike,
+    last_action: ArrayLike,
+    legal: ArrayLike | None,
+    config: WorldModelConfig,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Observations, last actions and legal actions, checked, as the jitted search takes them."""
     num_envs = contexts.timestep.shape[0]
     if legal is None:
         legal = np.ones((num_envs, config.num_actions), bool)
@@ -82,17 +113,11 @@ def search(
         x if isinstance(x, jax.Array) else np.asarray(x) for x in (observation, last_action, legal)
     )
     _validate(num_envs, observation, last_action, legal, config)
-    contexts, out = _search(
-        params,
-        rng,
-        contexts,
+    return (
         jnp.asarray(observation, jnp.float32),
         jnp.asarray(last_action, jnp.int32),
         jnp.asarray(legal, bool),
-        config=config,
-        search=search,
     )
-    return contexts, out
 
 
 def _validate(

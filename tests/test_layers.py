@@ -29,6 +29,7 @@ LAYERS = (
     ("verify_episodes",),
     ("play", "verify", "bench.timing", "bench.lightzero_020"),
     ("bench",),
+    ("bench.floor",),
     ("bench.search", "bench.ops"),
     ("cli",),
 )
