@@ -45,7 +45,7 @@ def test_the_floor_is_a_chain():
     changed = {id(layer.weight) for layer in layers}
     assert len(changed) == floor.num_products(2) // 2 + 3
     for weight in changed:
-        other = jax.tree.map(lambda x, w=weight: jnp.roll(x, 1, 0) if id(x) == w else x, folded)
+        other = jax.tree.map(lambda x, w=weight: jnp.roll(x, 1, 1) if id(x) == w else x, folded)
         assert np.abs(run(other, start) - plain).max() > 1e-6
 
 
