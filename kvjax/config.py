@@ -9,6 +9,9 @@ BLOCK = 2
 MIN_CONTEXT = 2 * BLOCK
 """The smallest context that still holds a block after a slide."""
 
+MAX_SIMULATIONS = 2**24 - 1
+"""A tree holds no more: its node indices are exact in float32."""
+
 DTYPES = ("float32", "bfloat16")
 
 Tree = Literal["lightzero", "muzero", "gumbel"]
@@ -179,6 +182,11 @@ class SearchConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "num_simulations")
+        require(
+            self.num_simulations <= MAX_SIMULATIONS,
+            f"num_simulations must be at most {MAX_SIMULATIONS}, got {self.num_simulations}: a tree"
+            " holds no more nodes",
+        )
         if self.max_depth is not None:
             require_positive(self, "max_depth")
         require_one_of("tree", self.tree, TREES)

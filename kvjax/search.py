@@ -69,7 +69,8 @@ def search(
       search: the search's configuration (static).
 
     Returns:
-      The new contexts and a `SearchOutput`.
+      The new contexts and a `SearchOutput`. A row whose observation or context makes the model
+      answer NaN is reported in `finite`; other rows do not notice. Restart it: its context is NaN.
 
     Raises:
       ValueError: a shape does not fit, or host arrays hold an action outside -1 .. A - 1 or a row
@@ -183,6 +184,9 @@ def _search(
         prior=jnp.maximum(prior, 0.0),
         network_value=root_value,
         mean_depth=tree.total_depth / search.num_simulations,
+        finite=mctx_search.all_finite(
+            policy, root_value, trees.root_value(tree), tree.low, tree.high
+        ),
     )
 
 
