@@ -14,6 +14,9 @@ DTYPES = ("float32", "bfloat16", "float64")
 WindowMode = Literal["learned", "rope_lightzero", "rope_consistent", "rebuild", "reset"]
 WINDOW_MODES = ("learned", "rope_lightzero", "rope_consistent", "rebuild", "reset")
 
+MAX_SIMULATIONS = 2**24 - 1
+"""A tree holds no more: its node indices are exact in float32."""
+
 Tree = Literal["lightzero", "muzero", "gumbel"]
 TREES = ("lightzero", "muzero", "gumbel")
 Layout = Literal["0.2.0", "main"]
@@ -225,6 +228,11 @@ class SearchConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "num_simulations")
+        require(
+            self.num_simulations <= MAX_SIMULATIONS,
+            f"num_simulations must be at most {MAX_SIMULATIONS}, got {self.num_simulations}: a tree"
+            " holds no more nodes",
+        )
         if self.max_depth is not None:
             require_positive(self, "max_depth")
         require_one_of("tree", self.tree, TREES)

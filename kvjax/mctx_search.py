@@ -53,6 +53,7 @@ def run(
       legal: [B, A] bool.
       correction: [C - 3, L, 2, H, D] or None, from `world_model.slide_correction`.
     """
+    finite = all_finite(policy, root_value)
     policy = jnp.where(legal, policy, _NEVER)
     embedding = _Node(contexts.window, jnp.zeros_like(contexts.timestep))
     root = mctx.RootFnOutput(prior_logits=policy, value=root_value, embedding=embedding)
@@ -90,7 +91,14 @@ def run(
         prior=jax.nn.softmax(policy),
         network_value=root_value,
         mean_depth=_mean_depth(result.search_tree),
+        finite=finite & all_finite(summary.value, summary.qvalues),
     )
+
+
+def all_finite(*arrays: jax.Array) -> jax.Array:
+    """Rows [B] in which all arrays [B] or [B, A] are finite."""
+    rows = [jnp.isfinite(x).reshape(x.shape[0], -1).all(axis=1) for x in arrays]
+    return functools.reduce(jnp.logical_and, rows)
 
 
 def _mean_depth(tree: Any) -> jax.Array:
@@ -126,11 +134,12 @@ def _recurrent_fn(
             node.window, action, depth, timestep, full
         )
         reward = support.to_scalar(prediction.reward, config.support)
+        value = support.to_scalar(prediction.value, config.support)
         return mctx.RecurrentFnOutput(
             reward=reward,
             discount=jnp.full_like(reward, discount),
             prior_logits=prediction.policy,
-            value=support.to_scalar(prediction.value, config.support),
+            value=jnp.where(all_finite(prediction.policy), value, jnp.nan),
         ), _Node(window, depth)
 
     return recurrent_fn

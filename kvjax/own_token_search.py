@@ -10,8 +10,10 @@ the table holds of a token depends on the window mode:
 * "rebuild": the raw token. Keys and values of a window are computed when it is read; they are those
   of its tokens at positions 0, 1, .. whether or not it has ever overflowed.
 
+Keys and values of each layer have tables of their own, so that what is gathered is read as it lies.
+
 Shapes: B rows, C context_length in tokens, T = C - 3 slots of a stored window, M tokens per row, N
-nodes, F numbers per token: E for raw tokens, else L * 2 * H * D. E embedding size, A actions.
+nodes, L layers, E embedding size (H heads of D), A actions.
 """
 
 import dataclasses
@@ -23,7 +25,7 @@ import jax.numpy as jnp
 from kvjax import fused, step
 from kvjax import tree as trees
 from kvjax.config import BLOCK, SearchConfig, WorldModelConfig
-from kvjax.fused import Folded
+from kvjax.fused import Cached, Folded, Fresh
 from kvjax.ops import position, support
 from kvjax.tree import Path, Tree
 from kvjax.types import Contexts, Window
@@ -34,55 +36,64 @@ from kvjax.types import Contexts, Window
 class Tokens:
     """Tokens of B trees and each node's window as indices into them."""
 
-    table: jax.Array  # [M, B, F]
+    tables: tuple[jax.Array, ...]  # [M, B, E]: keys and values layer by layer, or raw tokens
     slots: jax.Array  # [N, B, T] int32 indices along M
     length: jax.Array  # [N, B] int32
 
 
 def init_tokens(folded: Folded, window: Window, config: WorldModelConfig, nodes: int) -> Tokens:
-    """A table that holds the roots' windows: `window.kv` [B, C, L, 2, H, D]."""
+    """Tables that hold the roots' windows: `window.kv` [B, C, L, 2, H, D]."""
     rows, kept = window.length.shape[0], config.window.kept_length
     if window.raw is not None:
-        held = window.raw[:, :kept]
-        held = held - jnp.mean(held, axis=-1, keepdims=True)
+        raw = window.raw[:, :kept]
+        held = [raw - jnp.mean(raw, axis=-1, keepdims=True)]
     else:
-        held = window.kv[:, :kept].astype(jnp.float32)
-        held = held if folded.projected is None else held - folded.projected[:kept]
-    valid = jnp.arange(kept) < window.length[:, None]
-    held = jnp.where(valid[..., None], held.reshape(rows, kept, -1), 0.0)
+        kv = window.kv[:, :kept].astype(jnp.float32)
+        held = _parts(kv if folded.projected is None else kv - folded.projected[:kept])
+    valid = (jnp.arange(kept) < window.length[:, None])[..., None]
+    shape = (kept + BLOCK * (nodes - 1), rows, config.embed_dim)
     dtype = config.dtype if window.raw is None else window.raw.dtype
-    table = jnp.zeros((kept + BLOCK * (nodes - 1), rows, held.shape[-1]), dtype)
+    tables = [
+        jnp.zeros(shape, dtype)
+        .at[:kept]
+        .set(jnp.moveaxis(jnp.where(valid, part, 0.0), 0, 1).astype(dtype))
+        for part in held
+    ]
     slots = jnp.zeros((nodes, rows, kept), jnp.int32).at[trees.ROOT].set(jnp.arange(kept))
     return Tokens(
-        table=table.at[:kept].set(jnp.moveaxis(held, 0, 1).astype(dtype)),
+        tables=tuple(tables),
         slots=slots,
         length=jnp.zeros((nodes, rows), jnp.int32).at[trees.ROOT].set(window.length),
     )
 
 
+def _parts(kv: jax.Array) -> list[jax.Array]:
+    """Splits [..., L, 2, H, D] into 2L arrays [..., E]."""
+    layers, kinds, heads, head_dim = kv.shape[-4:]
+    flat = kv.reshape(*kv.shape[:-4], layers * kinds, heads * head_dim)
+    return [flat[..., part, :] for part in range(layers * kinds)]
+
+
 def read(
     tokens: Tokens, folded: Folded, node: jax.Array, *, config: WorldModelConfig
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+) -> tuple[Cached, jax.Array, jax.Array, jax.Array]:
     """Windows of one node per row, [B] int32, as the model reads them.
 
     Returns:
-      Keys and values [B, T, L, 2, H, D], slots [B, T], lengths [B], valid slots [B, T] bool.
+      Keys and values [B, T, E] of each layer, slots [B, T], lengths [B], valid slots [B, T] bool.
     """
     rows, kept = node.shape[0], tokens.slots.shape[-1]
     every_row = jnp.arange(rows)
     slots, length = tokens.slots[node, every_row], tokens.length[node, every_row]
-    held = tokens.table[slots, every_row[:, None]].astype(jnp.float32)
+    held = [table[slots, every_row[:, None]].astype(jnp.float32) for table in tokens.tables]
     valid = jnp.arange(kept) < length[:, None]
     if config.window_mode == "rebuild":
-        kv = fused.sequence(folded, jnp.moveaxis(held, -1, 0), config=config)
-        return kv, slots, length, valid
-    kv = held.reshape(rows, kept, *config.window.token_shape)
-    return (
-        kv if folded.projected is None else kv + folded.projected[:kept],
-        slots,
-        length,
-        valid,
-    )
+        cached = fused.sequence(folded, jnp.moveaxis(held[0], -1, 0), config=config)
+        return cached, slots, length, valid
+    if folded.projected is not None:
+        added = _parts(folded.projected[:kept])
+        held = [part + at for part, at in zip(held, added, strict=True)]
+    return tuple(zip(held[0::2], held[1::2], strict=True)), slots, length, valid
 
 
 def write(
@@ -90,13 +101,13 @@ def write(
     simulation: jax.Array,
     slots: jax.Array,
     length: jax.Array,
-    block: jax.Array,
+    blocks: list[jax.Array],
     *,
     config: WorldModelConfig,
 ) -> Tokens:
     """Adds the node of a simulation: its parent's `slots` [B, T] and `length` [B], and its block.
 
-    The block's two tokens [2, B, F] go to the table. A parent that is full loses its oldest block,
+    The block's two tokens [2, B, E] go to each table. A parent that is full loses its oldest block,
     or all but the block's last token (window mode "reset").
     """
     kept = slots.shape[1]
@@ -113,7 +124,10 @@ def write(
     node = simulation + 1
     update = jax.lax.dynamic_update_slice_in_dim
     return Tokens(
-        table=update(tokens.table, block.astype(tokens.table.dtype), first, 0),
+        tables=tuple(
+            update(table, block.astype(table.dtype), first, 0)
+            for table, block in zip(tokens.tables, blocks, strict=True)
+        ),
         slots=update(tokens.slots, extended[None].astype(jnp.int32), node, 0),
         length=update(tokens.length, (start[:, 0] + BLOCK)[None], node, 0),
     )
@@ -155,19 +169,20 @@ def _grow(
     at_action, at_observation = _rotations(timestep, path.depth, config)
     acted = fused.embed_action(folded, action)
     x = fused.place(folded, acted, length)
-    x, first = fused.token_step(folded, x, cached, valid, (), at_action)
+    x, first = fused.token_step(folded, x, cached, valid, (), at_action, config=config)
     reward, latent = fused.at_action(folded, x, config=config)
     observed = fused.embed_latent(latent)
     x = fused.place(folded, observed, length + 1)
-    x, second = fused.token_step(folded, x, cached, valid, (first,), at_observation)
+    x, second = fused.token_step(folded, x, cached, valid, (first,), at_observation, config=config)
     policy, value = fused.at_observation(folded, x)
     if config.window_mode == "rebuild":
-        block = jnp.stack([acted.T, observed.T])
+        blocks = [jnp.stack([acted.T, observed.T])]
     else:
-        block = _bare_block(folded, observed, length, (first, second), config)
-    tokens = write(tokens, simulation, slots, length, block, config=config)
+        blocks = _bare_blocks(folded, observed, length, (first, second), config)
+    tokens = write(tokens, simulation, slots, length, blocks, config=config)
     reward, value = (support.to_scalar(x, config.support, axis=0) for x in (reward, value))
     prior = trees.softmax(policy.T)
+    value = jnp.where(jnp.isnan(prior[:, 0]), jnp.nan, value)  # so that the root's value tells
     return trees.expand(tree, path, simulation + 1, reward, value, prior, search), tokens
 
 
@@ -185,31 +200,36 @@ def _rotations(
     return at_action, at_observation
 
 
-def _bare_block(
+def _bare_blocks(
     folded: Folded,
     observed: jax.Array,
     length: jax.Array,
-    pushed: tuple[jax.Array, jax.Array],
+    pushed: tuple[Fresh, Fresh],
     config: WorldModelConfig,
-) -> jax.Array:
-    """A node's tokens as the table holds them: [2, B, F]; `pushed` are [B, L, 2, H, D] each."""
-    rows, (first, second) = length.shape[0], pushed
+) -> list[jax.Array]:
+    """A node's tokens as each table holds them: [2, B, E]."""
+    first, second = ([part[:, i] for part in token for i in range(2)] for token in pushed)
     slot = length + 1
     if config.window_mode == "reset":
         overflows = length == config.window.kept_length
         second = jax.lax.cond(
             jnp.any(overflows),
-            lambda: jnp.where(
-                overflows[:, None, None, None, None], _alone(folded, observed, config), second
-            ),
+            lambda: [
+                jnp.where(overflows[:, None], alone, part)
+                for alone, part in zip(_alone(folded, observed, config), second, strict=True)
+            ],
             lambda: second,
         )
         slot = jnp.where(overflows, 0, slot)
     if folded.projected is not None:
-        first, second = first - folded.projected[length], second - folded.projected[slot]
-    return jnp.stack([first.reshape(rows, -1), second.reshape(rows, -1)])
+        first, second = (
+            [part - at for part, at in zip(token, _parts(folded.projected[place]), strict=True)]
+            for token, place in ((first, length), (second, slot))
+        )
+    return [jnp.stack(parts) for parts in zip(first, second, strict=True)]
 
 
-def _alone(folded: Folded, observed: jax.Array, config: WorldModelConfig) -> jax.Array:
-    """Keys and values of latents [E, B] without a context: [B, L, 2, H, D]."""
-    return fused.sequence(folded, observed[..., None], config=config)[:, 0]
+def _alone(folded: Folded, observed: jax.Array, config: WorldModelConfig) -> list[jax.Array]:
+    """Keys and values [B, E], layer by layer, of latents [E, B] without a context."""
+    layers = fused.sequence(folded, observed[..., None], config=config)
+    return [part[:, 0] for layer in layers for part in layer]

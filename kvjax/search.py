@@ -54,12 +54,44 @@ def search(
       search: the search's configuration (static).
 
     Returns:
-      The new contexts and a `SearchOutput`.
+      The new contexts and a `SearchOutput`. A row whose observation or context makes the model
+      answer NaN is reported in `finite`; other rows do not notice. Restart it: its context is NaN.
 
     Raises:
       ValueError: a shape does not fit, or host arrays hold an action outside -1 .. A - 1 or a row
         without a legal action.
     """
+    arrays = _arrays(contexts, observation, last_action, legal, config)
+    contexts, out = _search(params, rng, contexts, *arrays, config=config, search=search)
+    return contexts, out
+
+
+def compiled(
+    params: Params | Prepared,
+    rng: jax.Array,
+    contexts: Contexts,
+    observation: ArrayLike,
+    last_action: ArrayLike,
+    legal: ArrayLike | None = None,
+    *,
+    config: WorldModelConfig,
+    search: SearchConfig,
+) -> jax.stages.Compiled:
+    """What `search` runs for these arguments: its text, and how much memory it takes."""
+    arrays = _arrays(contexts, observation, last_action, legal, config)
+    lowered = _search.lower(params, rng, contexts, *arrays, config=config, search=search)
+    program: jax.stages.Compiled = lowered.compile()
+    return program
+
+
+def _arrays(
+    contexts: Contexts,
+    observation: ArrayLike,
+    last_action: ArrayLike,
+    legal: ArrayLike | None,
+    config: WorldModelConfig,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Observations, last actions and legal actions, checked, as the jitted search takes them."""
     num_envs = contexts.timestep.shape[0]
     if legal is None:
         legal = np.ones((num_envs, config.num_actions), bool)
@@ -67,17 +99,11 @@ def search(
         x if isinstance(x, jax.Array) else np.asarray(x) for x in (observation, last_action, legal)
     )
     _validate(num_envs, observation, last_action, legal, config)
-    contexts, out = _search(
-        params,
-        rng,
-        contexts,
+    return (
         jnp.asarray(observation, jnp.float32),
         jnp.asarray(last_action, jnp.int32),
         jnp.asarray(legal, bool),
-        config=config,
-        search=search,
     )
-    return contexts, out
 
 
 def _validate(
@@ -140,6 +166,9 @@ def _search(
         prior=jnp.maximum(prior, 0.0),
         network_value=root_value,
         mean_depth=tree.total_depth / search.num_simulations,
+        finite=mctx_search.all_finite(
+            policy, root_value, trees.root_value(tree), tree.low, tree.high
+        ),
     )
 
 

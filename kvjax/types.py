@@ -75,6 +75,7 @@ class SearchOutput:
     prior: jax.Array  # [B, A] the network's policy over legal actions, noise left out
     network_value: jax.Array  # [B] the network's own value of the root
     mean_depth: jax.Array  # [B] edges below the root, mean over simulations
+    finite: jax.Array  # [B] bool, False: the model answered NaN or infinity, discard the row
 
 
 @functools.partial(

@@ -179,6 +179,10 @@ def set_config(arrays, **changes):
         (lambda a: set_config(a, steps=9), "step8/action is missing"),
         (lambda a: set_config(a, rebuild=True, reset=True), "rebuild and reset exclude each"),
         (lambda a: set_config(a, rope=True), '"rope_lightzero" excludes learned positions'),
+        (
+            lambda a: set_config(a, rope=True, rope_positions="mine"),
+            "rope_positions must be lightzero or consistent, got mine",
+        ),
         (lambda a: a.pop("step3/sim_action"), "step3/sim_action is missing"),
         (lambda a: a.pop("weights/pos_emb.weight"), "missing tensor pos_emb.weight"),
         (
@@ -200,8 +204,6 @@ def test_bad_traces(data, tmp_path, change, message):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("lightzero_main_trees.npz", "tree trace, which is not supported yet"),
-        ("cartpole_masked_episodes.npz", "episode trace, which is not supported yet"),
         ("cartpole_lightzero_0.2.0.pth.tar", "holds no config: it is no trace"),
     ],
 )

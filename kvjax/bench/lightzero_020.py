@@ -159,10 +159,7 @@ class Searcher:
         steps; between starts B is fixed (else ValueError). `noise [B, A]` joins the root's prior
         with weight 0.25. The tree breaks ties at random, seeded by the clock.
         """
-        self._admit(observation, action)
-        previous, self._previous = self._previous, self._torch.tensor(observation).float()
-        batch = previous, action.tolist(), self._previous
-        output = self._model.initial_inference(*batch, self._timestep)
+        output = self.push(observation, action)
         value = self._tree.inverse_scalar_transform_handle(output.value)
         roots = self._search(output, noise)
         visits = np.asarray(roots.get_distributions(), np.int64)
@@ -173,6 +170,13 @@ class Searcher:
             policy_logits=output.policy_logits.numpy(),
             network_value=value.numpy()[:, 0].astype(np.float32),
         )
+
+    def push(self, observation: Floats, action: Ints) -> Any:
+        """Advance the contexts as `step` does, without a search: the network's root output."""
+        self._admit(observation, action)
+        previous, self._previous = self._previous, self._torch.tensor(observation).float()
+        batch = previous, action.tolist(), self._previous
+        return self._model.initial_inference(*batch, self._timestep)
 
     def _admit(self, observation: Floats, action: Ints) -> None:
         """Check a step's batch and advance the time steps; a first step forgets the past."""
