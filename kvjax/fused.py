@@ -21,8 +21,8 @@ import jax.numpy as jnp
 
 from kvjax import world_model
 from kvjax.config import WorldModelConfig
+from kvjax.encoders import EPSILON
 from kvjax.types import Params
-from kvjax.world_model import EPSILON
 
 
 @jax.tree_util.register_dataclass
