@@ -104,7 +104,8 @@ class WorldModel(nn.Module):
 
     def embed_action(self, action: jax.Array) -> jax.Array:
         """[] int32 -> token [E]."""
-        return self.action_embedding(action)
+        # Not called, since Flax's layer fails for a table of one row.
+        return jnp.take(self.action_embedding.embedding, action, axis=0)
 
     def token_step(
         self, token: jax.Array, window: Window, zero_keys: jax.Array | None = None

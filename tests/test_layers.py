@@ -25,6 +25,7 @@ LAYERS = (
     ("lightzero.kv_cache_pool",),
     ("lightzero.kv_cache_manager",),
     ("lightzero.trace",),
+    ("lightzero.record",),
     ("lightzero",),
     ("",),
     ("play", "verify", "bench.timing", "bench.lightzero_020"),

@@ -2,5 +2,6 @@
 
 from kvjax.lightzero.checkpoint import load
 from kvjax.lightzero.kv_cache_manager import KVCacheManager
+from kvjax.lightzero.record import record_trace
 
-__all__ = ["KVCacheManager", "load"]
+__all__ = ["KVCacheManager", "load", "record_trace"]
