@@ -54,6 +54,10 @@ def test_the_walks_see_what_matters(recorded):
     assert max(step["depth"].max() for step in steps) >= 3
     assert [step["length"][0] for step in steps] == [1, 3, 3, 3, 1, 3, 3, 3]
     assert trace.pads_are_read
+    for step in steps:
+        depths = np.vstack([np.zeros((1, trace.num_envs), int), step["depth"]])
+        parents = np.take_along_axis(depths, step["parent"], axis=0)
+        np.testing.assert_array_equal(step["depth"], parents + 1)
     for step, following in itertools.pairwise(steps):
         np.testing.assert_array_equal(step["latent"], following["prev_latent"])
 
