@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from kvjax import world_model
 from kvjax.config import WorldModelConfig
 from kvjax.encoders import EPSILON
+from kvjax.ops import position
 from kvjax.types import Params
 
 
@@ -67,14 +68,17 @@ class Folded:
     at_observation: HeadPair  # policy, value
     latent_norm: Linear | None  # [E], of an observation head that ends in LayerNorm
     actions: jax.Array  # [A, E] centred
-    positions: jax.Array  # [C, E] centred
-    projected: jax.Array  # [C, L, 2, H, D], what each position adds to keys and values
+    positions: jax.Array | None  # [C, E] centred; None if positions are rotary
+    projected: jax.Array | None  # [C, L, 2, H, D], what each position adds to keys and values
 
 
 def fold(params: Params, *, config: WorldModelConfig) -> Folded:
     """Prepares parameters for a search; do it again whenever they change."""
     p = params["params"]
-    table = world_model.positions(params, config=config)
+    table, projected = None, None
+    if not config.is_rotary:
+        table = _centred(world_model.positions(params, config=config), axis=1)
+        projected = world_model.projected_positions(params, config=config)
     heads = {name: p[f"{name}_head"] for name in ("reward", "latent", "policy", "value")}
     final = p["final_norm"]
     latent_norm = p.get("latent_final", {}).get("norm")
@@ -85,8 +89,8 @@ def fold(params: Params, *, config: WorldModelConfig) -> Folded:
         at_observation=_fold_heads(heads["policy"], heads["value"], final),
         latent_norm=None if latent_norm is None else _affine(latent_norm),
         actions=_centred(p["action_embedding"]["embedding"], axis=1),
-        positions=_centred(table, axis=1),
-        projected=world_model.projected_positions(params, config=config),
+        positions=table,
+        projected=projected,
     )
 
 
@@ -159,6 +163,7 @@ def token_step(
     cached: jax.Array,
     valid: jax.Array,
     fresh: tuple[jax.Array, ...] = (),
+    rotation: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Runs one token of each row through the transformer.
 
@@ -167,6 +172,7 @@ def token_step(
       cached: [B, T, L, 2, H, D], windows as they are read (positions included).
       valid: [B, T] bool.
       fresh: keys and values [B, L, 2, H, D] of tokens pushed after the window.
+      rotation: [B, 2, D / 2] of the token, see `kvjax.ops.position.rotation`.
 
     Returns:
       The stream [E, B] behind the last layer, centred and not normalised, and the token's own keys
@@ -178,6 +184,8 @@ def token_step(
     for layer, block in enumerate(folded.blocks):
         qkv = _apply(block.qkv, x, _rstd(x)).reshape(3, heads, head_dim, batch)
         query, key, value = jnp.moveaxis(qkv, -1, 1)  # [B, H, D] each
+        if rotation is not None:
+            query, key = (jax.vmap(position.rotate)(x, rotation) for x in (query, key))
         kv = jnp.stack([key, value], axis=1)
         behind = jnp.stack([*(pushed[:, layer] for pushed in fresh), kv], axis=1)
         read = _attend(query, cached[:, :, layer], valid, behind)
@@ -185,6 +193,32 @@ def token_step(
         x = x + _apply(block.contract, jax.nn.gelu(_apply(block.expand, x, _rstd(x))))
         own.append(kv)
     return x, jnp.stack(own, axis=1)
+
+
+def sequence(folded: Folded, x: jax.Array, *, config: WorldModelConfig) -> jax.Array:
+    """Keys and values of whole sequences at positions 0, 1, .., each token reading those before it.
+
+    Args:
+      x: [E, B, T], centred, without positions.
+
+    Returns:
+      [B, T, L, 2, H, D].
+    """
+    embed_dim, batch, length = x.shape
+    heads = (3, config.num_heads, config.window.head_dim, batch, length)
+    causal = jnp.tril(jnp.ones((length, length), bool))
+    if folded.positions is not None:
+        x = x + folded.positions[:length].T[:, None]
+    x, own = x.reshape(embed_dim, -1), []
+    for block in folded.blocks:
+        query, key, value = _apply(block.qkv, x, _rstd(x)).reshape(heads)  # [H, D, B, T] each
+        scores = jnp.einsum("hdbq,hdbk->bhqk", query, key)
+        weights = jax.nn.softmax(jnp.where(causal, scores, -jnp.inf), axis=-1)
+        read = jnp.einsum("bhqk,hdbk->hdbq", weights, value).reshape(embed_dim, -1)
+        x = x + _apply(block.projection, read)
+        x = x + _apply(block.contract, jax.nn.gelu(_apply(block.expand, x, _rstd(x))))
+        own.append(jnp.stack([key, value]))
+    return jnp.stack(own).transpose(4, 5, 0, 1, 2, 3)
 
 
 def _attend(query: jax.Array, cached: jax.Array, valid: jax.Array, fresh: jax.Array) -> jax.Array:
@@ -242,11 +276,16 @@ def _simnorm(x: jax.Array, group: int) -> jax.Array:
     return (exponents / total[:, None]).reshape(x.shape)
 
 
-def embed_action(folded: Folded, action: jax.Array, position: jax.Array) -> jax.Array:
-    """Actions [B] at positions [B] to tokens [E, B], centred."""
-    return (folded.actions[action] + folded.positions[position]).T
+def embed_action(folded: Folded, action: jax.Array) -> jax.Array:
+    """Actions [B] to raw tokens [E, B], centred."""
+    return folded.actions[action].T
 
 
-def embed_latent(folded: Folded, latent: jax.Array, position: jax.Array) -> jax.Array:
-    """Latents [E, B] at positions [B] to tokens [E, B], centred."""
-    return _centred(latent, axis=0) + folded.positions[position].T
+def embed_latent(latent: jax.Array) -> jax.Array:
+    """Latents [E, B] to raw tokens [E, B], centred."""
+    return _centred(latent, axis=0)
+
+
+def place(folded: Folded, token: jax.Array, slot: jax.Array) -> jax.Array:
+    """Adds learned positions, if there are any, to raw tokens [E, B] in slots [B]."""
+    return token if folded.positions is None else token + folded.positions[slot].T

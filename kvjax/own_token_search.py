@@ -1,12 +1,17 @@
 """A search in which a node stores only its own two tokens, whatever the context length.
 
 Tokens of all nodes lie in one table, the roots' contexts first. A node is a list of indices into
-it, at most C - 3, so that a window is one gather and a slide is a shift of indices. Keys and values
-are stored without what their position adds to them (for learned absolute positions) and get what
-their slot adds when they are read: that is the sum of all corrections of the slides in between.
+it, at most C - 3, so that a window is one gather and dropping a block is a shift of indices. What
+the table holds of a token depends on the window mode:
+
+* "learned", "reset": keys and values without what their position adds to them; they get what their
+  slot adds when they are read. That is the sum of all corrections of the slides in between.
+* rotary modes: keys and values as they are, since a key keeps its rotation.
+* "rebuild": the raw token. Keys and values of a window are computed when it is read; they are those
+  of its tokens at positions 0, 1, .. whether or not it has ever overflowed.
 
 Shapes: B rows, C context_length in tokens, T = C - 3 slots of a stored window, M tokens per row, N
-nodes, F = L * 2 * H * D numbers per token, E embedding size, A actions.
+nodes, F numbers per token: E for raw tokens, else L * 2 * H * D. E embedding size, A actions.
 """
 
 import dataclasses
@@ -15,13 +20,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kvjax import fused
+from kvjax import fused, step
 from kvjax import tree as trees
 from kvjax.config import BLOCK, SearchConfig, WorldModelConfig
 from kvjax.fused import Folded
-from kvjax.ops import support
+from kvjax.ops import position, support
 from kvjax.tree import Path, Tree
-from kvjax.types import Window
+from kvjax.types import Contexts, Window
 
 
 @jax.tree_util.register_dataclass
@@ -29,7 +34,7 @@ from kvjax.types import Window
 class Tokens:
     """Tokens of B trees and each node's window as indices into them."""
 
-    kv: jax.Array  # [M, B, F] without positions
+    table: jax.Array  # [M, B, F]
     slots: jax.Array  # [N, B, T] int32 indices along M
     length: jax.Array  # [N, B] int32
 
@@ -37,20 +42,26 @@ class Tokens:
 def init_tokens(folded: Folded, window: Window, config: WorldModelConfig, nodes: int) -> Tokens:
     """A table that holds the roots' windows: `window.kv` [B, C, L, 2, H, D]."""
     rows, kept = window.length.shape[0], config.window.kept_length
+    if window.raw is not None:
+        held = window.raw[:, :kept]
+        held = held - jnp.mean(held, axis=-1, keepdims=True)
+    else:
+        held = window.kv[:, :kept].astype(jnp.float32)
+        held = held if folded.projected is None else held - folded.projected[:kept]
     valid = jnp.arange(kept) < window.length[:, None]
-    bare = window.kv[:, :kept].astype(jnp.float32) - folded.projected[:kept]
-    bare = jnp.where(valid[..., None], bare.reshape(rows, kept, -1), 0.0)
-    table = jnp.zeros((kept + BLOCK * (nodes - 1), rows, bare.shape[-1]), config.dtype)
+    held = jnp.where(valid[..., None], held.reshape(rows, kept, -1), 0.0)
+    dtype = config.dtype if window.raw is None else window.raw.dtype
+    table = jnp.zeros((kept + BLOCK * (nodes - 1), rows, held.shape[-1]), dtype)
     slots = jnp.zeros((nodes, rows, kept), jnp.int32).at[trees.ROOT].set(jnp.arange(kept))
     return Tokens(
-        kv=table.at[:kept].set(jnp.moveaxis(bare, 0, 1).astype(config.dtype)),
+        table=table.at[:kept].set(jnp.moveaxis(held, 0, 1).astype(dtype)),
         slots=slots,
         length=jnp.zeros((nodes, rows), jnp.int32).at[trees.ROOT].set(window.length),
     )
 
 
 def read(
-    tokens: Tokens, folded: Folded, node: jax.Array
+    tokens: Tokens, folded: Folded, node: jax.Array, *, config: WorldModelConfig
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Windows of one node per row, [B] int32, as the model reads them.
 
@@ -60,55 +71,69 @@ def read(
     rows, kept = node.shape[0], tokens.slots.shape[-1]
     every_row = jnp.arange(rows)
     slots, length = tokens.slots[node, every_row], tokens.length[node, every_row]
-    bare = tokens.kv[slots, every_row[:, None]].astype(jnp.float32)
-    positions = folded.projected[:kept]
-    kv = bare.reshape(rows, *positions.shape) + positions
-    return kv, slots, length, jnp.arange(kept) < length[:, None]
+    held = tokens.table[slots, every_row[:, None]].astype(jnp.float32)
+    valid = jnp.arange(kept) < length[:, None]
+    if config.window_mode == "rebuild":
+        kv = fused.sequence(folded, jnp.moveaxis(held, -1, 0), config=config)
+        return kv, slots, length, valid
+    kv = held.reshape(rows, kept, *config.window.token_shape)
+    return (
+        kv if folded.projected is None else kv + folded.projected[:kept],
+        slots,
+        length,
+        valid,
+    )
 
 
 def write(
     tokens: Tokens,
-    folded: Folded,
     simulation: jax.Array,
     slots: jax.Array,
     length: jax.Array,
-    fresh: tuple[jax.Array, jax.Array],
+    block: jax.Array,
+    *,
+    config: WorldModelConfig,
 ) -> Tokens:
     """Adds the node of a simulation: its parent's `slots` [B, T] and `length` [B], and its block.
 
-    The block's two tokens [B, L, 2, H, D] go to the table; a parent that is full loses its oldest
-    block, which is what a slide does.
+    The block's two tokens [2, B, F] go to the table. A parent that is full loses its oldest block,
+    or all but the block's last token (window mode "reset").
     """
-    rows, kept = slots.shape
-    bare = [kv - folded.projected[length + i] for i, kv in enumerate(fresh)]
-    block = jnp.stack([kv.reshape(rows, -1) for kv in bare]).astype(tokens.kv.dtype)
+    kept = slots.shape[1]
     first = kept + BLOCK * simulation
-    slides = (length == kept)[:, None]
-    shifted = jnp.where(slides, jnp.roll(slots, -BLOCK, axis=1), slots)
-    start = jnp.where(slides, kept - BLOCK, length[:, None])
+    overflows = (length == kept)[:, None]
+    if config.window_mode == "reset":
+        start = jnp.where(overflows, 1 - BLOCK, length[:, None])
+        shifted = slots
+    else:
+        start = jnp.where(overflows, kept - BLOCK, length[:, None])
+        shifted = jnp.where(overflows, jnp.roll(slots, -BLOCK, axis=1), slots)
     offset = jnp.arange(kept) - start
     extended = jnp.where((offset >= 0) & (offset < BLOCK), first + offset, shifted)
-    grown = jnp.where(slides[:, 0], length, length + BLOCK)
     node = simulation + 1
     update = jax.lax.dynamic_update_slice_in_dim
     return Tokens(
-        kv=update(tokens.kv, block, first, 0),
+        table=update(tokens.table, block.astype(tokens.table.dtype), first, 0),
         slots=update(tokens.slots, extended[None].astype(jnp.int32), node, 0),
-        length=update(tokens.length, grown[None], node, 0),
+        length=update(tokens.length, (start[:, 0] + BLOCK)[None], node, 0),
     )
 
 
 def run(
-    folded: Folded, prior: jax.Array, window: Window, config: WorldModelConfig, search: SearchConfig
+    folded: Folded,
+    prior: jax.Array,
+    contexts: Contexts,
+    config: WorldModelConfig,
+    search: SearchConfig,
 ) -> Tree:
-    """Searches all rows: prior [B, A] of the roots (see `kvjax.tree.softmax`) and their windows."""
+    """Searches all rows from their roots' prior [B, A] (see `kvjax.tree.softmax`) and contexts."""
     tree = trees.init(prior, search)
-    tokens = init_tokens(folded, window, config, search.num_simulations + 1)
+    tokens = init_tokens(folded, contexts.window, config, search.num_simulations + 1)
 
     def simulate(simulation: jax.Array, state: Any) -> Any:
         tree, tokens = state
         path = trees.select(tree, search)
-        return _grow(folded, tree, tokens, path, simulation, config, search)
+        return _grow(folded, tree, tokens, path, simulation, contexts.timestep, config, search)
 
     grown: Tree = jax.lax.fori_loop(0, search.num_simulations, simulate, (tree, tokens))[0]
     return grown
@@ -120,19 +145,71 @@ def _grow(
     tokens: Tokens,
     path: Path,
     simulation: jax.Array,
+    timestep: jax.Array,
     config: WorldModelConfig,
     search: SearchConfig,
 ) -> tuple[Tree, Tokens]:
     """One simulation: imagines a step from each path's end and backs its value up."""
     parent, action = path.leaf()
-    cached, slots, length, valid = read(tokens, folded, parent)
-    x = fused.embed_action(folded, action, length)
-    x, first = fused.token_step(folded, x, cached, valid)
+    cached, slots, length, valid = read(tokens, folded, parent, config=config)
+    at_action, at_observation = _rotations(timestep, path.depth, config)
+    acted = fused.embed_action(folded, action)
+    x = fused.place(folded, acted, length)
+    x, first = fused.token_step(folded, x, cached, valid, (), at_action)
     reward, latent = fused.at_action(folded, x, config=config)
-    x = fused.embed_latent(folded, latent, length + 1)
-    x, second = fused.token_step(folded, x, cached, valid, (first,))
+    observed = fused.embed_latent(latent)
+    x = fused.place(folded, observed, length + 1)
+    x, second = fused.token_step(folded, x, cached, valid, (first,), at_observation)
     policy, value = fused.at_observation(folded, x)
-    tokens = write(tokens, folded, simulation, slots, length, (first, second))
+    if config.window_mode == "rebuild":
+        block = jnp.stack([acted.T, observed.T])
+    else:
+        block = _bare_block(folded, observed, length, (first, second), config)
+    tokens = write(tokens, simulation, slots, length, block, config=config)
     reward, value = (support.to_scalar(x, config.support, axis=0) for x in (reward, value))
     prior = trees.softmax(policy.T)
     return trees.expand(tree, path, simulation + 1, reward, value, prior, search), tokens
+
+
+def _rotations(
+    timestep: jax.Array, depth: jax.Array, config: WorldModelConfig
+) -> tuple[jax.Array | None, jax.Array | None]:
+    """Of each row's action and observation token: [B, 2, D / 2]; None for learned positions."""
+    if not config.is_rotary:
+        return None, None
+    head_dim, theta = config.window.head_dim, config.rope_theta
+    at_action, at_observation = (
+        jax.vmap(lambda place: position.rotation(place, head_dim, theta))(places)
+        for places in step.token_positions(config, timestep, depth)
+    )
+    return at_action, at_observation
+
+
+def _bare_block(
+    folded: Folded,
+    observed: jax.Array,
+    length: jax.Array,
+    pushed: tuple[jax.Array, jax.Array],
+    config: WorldModelConfig,
+) -> jax.Array:
+    """A node's tokens as the table holds them: [2, B, F]; `pushed` are [B, L, 2, H, D] each."""
+    rows, (first, second) = length.shape[0], pushed
+    slot = length + 1
+    if config.window_mode == "reset":
+        overflows = length == config.window.kept_length
+        second = jax.lax.cond(
+            jnp.any(overflows),
+            lambda: jnp.where(
+                overflows[:, None, None, None, None], _alone(folded, observed, config), second
+            ),
+            lambda: second,
+        )
+        slot = jnp.where(overflows, 0, slot)
+    if folded.projected is not None:
+        first, second = first - folded.projected[length], second - folded.projected[slot]
+    return jnp.stack([first.reshape(rows, -1), second.reshape(rows, -1)])
+
+
+def _alone(folded: Folded, observed: jax.Array, config: WorldModelConfig) -> jax.Array:
+    """Keys and values of latents [E, B] without a context: [B, L, 2, H, D]."""
+    return fused.sequence(folded, observed[..., None], config=config)[:, 0]

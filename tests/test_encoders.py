@@ -28,14 +28,20 @@ def images(shape, rows=3, seed=1):
 
 
 def with_statistics(model, shape):
-    """Running statistics of their own in every BatchNorm, near those of the images."""
-    encoder = model.representation_network.train()
+    """Running statistics of their own in every BatchNorm, and latents that no softmax saturates."""
+    encoder, random = model.representation_network.train(), torch.Generator().manual_seed(5)
+    observed = torch.from_numpy(images(shape, rows=8, seed=7))
+    spread = []
     with torch.no_grad():
         for _ in range(2):
-            encoder(torch.from_numpy(images(shape, rows=8, seed=7)))
+            encoder(observed)
         for name, value in encoder.named_buffers():
             if name.endswith("running_mean"):
-                value.add_(torch.randn_like(value), alpha=0.1)
+                value.add_(torch.randn(value.shape, generator=random), alpha=0.1)
+        hook = encoder.last_linear.register_forward_hook(lambda *args: spread.append(args[2].std()))
+        encoder.eval()(observed)
+        hook.remove()
+        encoder.last_linear.weight.div_(spread[0] / 3)
     return model.eval()
 
 
@@ -84,7 +90,13 @@ def test_a_state_dict_loads_and_answers_the_first_step(models, shape):
     window = windows.init(config.window)
     for row in range(3):
         _, policy, value = step.root_step(
-            params, correction, window, jnp.int32(step.FIRST_STEP), latent[row], config=config
+            params,
+            correction,
+            window,
+            jnp.int32(step.FIRST_STEP),
+            latent[row],
+            jnp.int32(0),
+            config=config,
         )
         np.testing.assert_allclose(policy, out.policy_logits.numpy()[row], atol=1e-4)
         np.testing.assert_allclose(value, out.value.numpy()[row], atol=1e-4)

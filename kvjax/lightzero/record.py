@@ -127,7 +127,9 @@ def _description(model: Any, config: WorldModelConfig, sizes: _Sizes) -> dict[st
         "envs": sizes.rows,
         "sims": sizes.simulations,
         "steps": sizes.steps,
-        "rope": bool(model.config.rotary_emb),
+        "simnorm_group": config.simnorm_group,
+        "rope": config.is_rotary,
+        "rope_theta": config.rope_theta,
         "source": _SOURCES["main" if _is_main(model) else "0.2.0"],
     }
     modes = {"reset": "exact_kv_window_reset", "rebuild": "rebuild_kv_window_from_tokens"}
