@@ -22,6 +22,12 @@ TREES = ("lightzero", "muzero", "gumbel")
 Layout = Literal["0.2.0", "main"]
 Norm = Literal["simnorm", "layernorm"]
 
+POOLED_SIDES = (84, 96)
+"""Sides of images that the encoder pools once more than others, to the same feature plane."""
+
+IMAGE_SIDES = (64, *POOLED_SIDES)
+"""Sides in pixels of the square images that LightZero's encoder takes."""
+
 
 def require(condition: bool, message: str) -> None:
     """Raises `ValueError` with the message unless the condition holds."""
@@ -98,7 +104,8 @@ class WindowConfig:
 class WorldModelConfig:
     """Shape and variant of a UniZero world model.
 
-    `observation_size` None means that the model has no encoder: observations are latents.
+    `observation_size` is for vectors, `image_shape` for images; with neither the model has no
+    encoder: observations are latents.
     `layout` names the release whose heads the model has; `encoder_norm` and `latent_norm` say how
     the encoder and the observation head end.
 
@@ -114,8 +121,9 @@ class WorldModelConfig:
 
     Raises:
       ValueError: a size is not positive, heads do not divide the width, the SimNorm groups do not
-        divide the width, the support is empty, or the window is invalid (see `WindowConfig`);
-        a rotary model with a position table, an odd head size, or a table-bound model without one.
+        divide the width, the support is empty, the observation is both vector and image or an image
+        of an unknown side, the window is invalid (see `WindowConfig`); a rotary model with a
+        position table, an odd head size, or a table-bound model without one.
     """
 
     embed_dim: int  # E
@@ -133,6 +141,9 @@ class WorldModelConfig:
     dtype: str = "float32"  # of the stored window
     window_mode: WindowMode = "learned"
     rope_theta: float = 10000.0
+    image_shape: tuple[int, int, int] | None = None  # channels, height, width
+    image_channels: int = 64  # of the image encoder's feature planes
+    image_blocks: int = 1  # residual blocks behind the image encoder's last pooling
 
     def __post_init__(self) -> None:
         sizes = ("embed_dim", "num_layers", "num_heads", "num_actions")
@@ -143,6 +154,8 @@ class WorldModelConfig:
         )
         if self.observation_size is not None:
             require_positive(self, "observation_size")
+        if self.image_shape is not None:
+            self._check_image(self.image_shape)
         first, last = self.support
         require(first < last, f"support must be (first, last), first < last, got {first, last}")
         require_one_of("layout", self.layout, ("0.2.0", "main"))
@@ -178,6 +191,24 @@ class WorldModelConfig:
         """Whether positions are rotary instead of learned."""
         return self.window_mode in ("rope_lightzero", "rope_consistent")
 
+    def _check_image(self, shape: tuple[int, int, int]) -> None:
+        require(
+            self.observation_size is None, "observation_size and image_shape exclude each other"
+        )
+        require_positive(self, "image_channels")
+        require(self.image_channels % 2 == 0, f"image_channels must be even: {self.image_channels}")
+        blocks = self.image_blocks
+        require(isinstance(blocks, int) and blocks >= 0, f"image_blocks must be >= 0, got {blocks}")
+        sides = ", ".join(map(str, IMAGE_SIDES))
+        require(
+            isinstance(shape, tuple)
+            and len(shape) == 3
+            and shape[0] >= 1
+            and shape[1] == shape[2]
+            and shape[1] in IMAGE_SIDES,
+            f"image_shape must be (channels, side, side), side one of {sides}, got {shape!r}",
+        )
+
     @property
     def window(self) -> WindowConfig:
         """The window that this model reads and extends."""
@@ -198,9 +229,14 @@ class WorldModelConfig:
         return (self.embed_dim,)
 
     @property
-    def observation_shape(self) -> tuple[int]:
-        """Shape of one observation: [observation_size], or [E] for a model without encoder."""
-        return (self.observation_size or self.embed_dim,)
+    def has_encoder(self) -> bool:
+        """Whether observations are encoded; else they are latents."""
+        return not (self.observation_size is None and self.image_shape is None)
+
+    @property
+    def observation_shape(self) -> tuple[int, ...]:
+        """Shape of one observation: vector, image, or [E] for a model without encoder."""
+        return self.image_shape or (self.observation_size or self.embed_dim,)
 
 
 @dataclasses.dataclass(frozen=True)

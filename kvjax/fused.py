@@ -22,9 +22,9 @@ import jax.numpy as jnp
 
 from kvjax import world_model
 from kvjax.config import WorldModelConfig
+from kvjax.encoders import EPSILON
 from kvjax.ops import position
 from kvjax.types import Params
-from kvjax.world_model import EPSILON
 
 _MANY_TOKENS = 128
 """Tokens read at once, over all rows, from which on sums by a matrix product are faster."""

@@ -14,51 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvjax.config import Norm, WorldModelConfig
+from kvjax import encoders
+from kvjax.config import WorldModelConfig
+from kvjax.encoders import Normalise, layer_norm
 from kvjax.ops import attention, position
 from kvjax.ops import window as windows
 from kvjax.types import Params, Window
 
-EPSILON = 1e-5
-"""Of LayerNorm and BatchNorm, as in torch."""
-
 _EXPANSION = 4
 """Hidden width of the feed-forward layers and of main's heads, in units of E."""
-
-
-def _layer_norm(name: str | None = None) -> nn.LayerNorm:
-    return nn.LayerNorm(epsilon=EPSILON, use_fast_variance=False, name=name)
-
-
-class _Normalise(nn.Module):
-    """The norm that ends an encoder or an observation head: SimNorm or LayerNorm."""
-
-    kind: Norm
-    group: int
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        if self.kind == "layernorm":
-            normed: jax.Array = _layer_norm(name="norm")(x)
-            return normed
-        grouped: jax.Array = jax.nn.softmax(x.reshape(-1, self.group), axis=-1)
-        return grouped.reshape(x.shape)
-
-
-class _Encoder(nn.Module):
-    """Vector observation to latent: [observation_size] -> [E]."""
-
-    config: WorldModelConfig
-
-    def setup(self) -> None:
-        self.input = nn.Dense(self.config.embed_dim)
-        self.batch_norm = nn.BatchNorm(use_running_average=True, epsilon=EPSILON)
-        self.output = nn.Dense(self.config.embed_dim)
-        self.final = _Normalise(self.config.encoder_norm, self.config.simnorm_group)
-
-    def __call__(self, observation: jax.Array) -> jax.Array:
-        hidden = nn.gelu(self.batch_norm(self.input(observation)))
-        return self.final(self.output(hidden))
 
 
 class _Head(nn.Module):
@@ -69,9 +33,9 @@ class _Head(nn.Module):
 
     def setup(self) -> None:
         if self.config.layout == "main":
-            self.input_norm = _layer_norm()
+            self.input_norm = layer_norm()
             self.hidden = nn.Dense(_EXPANSION * self.config.embed_dim)
-            self.hidden_norm = _layer_norm()
+            self.hidden_norm = layer_norm()
         else:
             self.hidden = nn.Dense(self.config.embed_dim)
         self.output = nn.Dense(self.size)
@@ -91,7 +55,7 @@ class _Block(nn.Module):
 
     def setup(self) -> None:
         width = self.config.embed_dim
-        self.attention_norm, self.feed_forward_norm = _layer_norm(), _layer_norm()
+        self.attention_norm, self.feed_forward_norm = layer_norm(), layer_norm()
         self.query, self.key = nn.Dense(width), nn.Dense(width)
         self.value, self.projection = nn.Dense(width), nn.Dense(width)
         self.expand, self.contract = nn.Dense(_EXPANSION * width), nn.Dense(width)
@@ -138,16 +102,16 @@ class WorldModel(nn.Module):
 
     def setup(self) -> None:  # noqa: D102
         config = self.config
-        if config.observation_size is not None:
-            self.encoder = _Encoder(config)
+        if config.has_encoder:
+            self.encoder = encoders.make(config)
         if config.max_tokens is not None:
             self.position_embedding = nn.Embed(config.max_tokens, config.embed_dim)
         self.action_embedding = nn.Embed(config.num_actions, config.embed_dim)
         self.blocks = [_Block(config) for _ in range(config.num_layers)]
-        self.final_norm = _layer_norm()
+        self.final_norm = layer_norm()
         self.reward_head = _Head(config, config.support_size)
         self.latent_head = _Head(config, config.embed_dim)
-        self.latent_final = _Normalise(config.latent_norm, config.simnorm_group)
+        self.latent_final = Normalise(config.latent_norm, config.simnorm_group)
         self.policy_head = _Head(config, config.num_actions)
         self.value_head = _Head(config, config.support_size)
 
@@ -157,14 +121,16 @@ class WorldModel(nn.Module):
         return position.continue_table(table, self.config.context_length)
 
     def encode(self, observation: jax.Array) -> jax.Array:
-        """[observation_size] -> latent [E]."""
-        if self.config.observation_size is None:
+        """One observation -> latent [E]."""
+        if not self.config.has_encoder:
             return observation
-        return self.encoder(observation)
+        latent: jax.Array = self.encoder(observation)
+        return latent
 
     def embed_action(self, action: jax.Array) -> jax.Array:
         """[] int32 -> token [E]."""
-        return self.action_embedding(action)
+        # Not called, since Flax's layer fails for a table of one row.
+        return jnp.take(self.action_embedding.embedding, action, axis=0)
 
     def token_step(
         self,
@@ -255,7 +221,7 @@ def _apply(config: WorldModelConfig, params: Params, *args: Any, method: str) ->
 
 
 def encode(params: Params, observation: jax.Array, *, config: WorldModelConfig) -> jax.Array:
-    """Observation [observation_size] to latent [E]; the identity for a model without encoder."""
+    """Observation [*observation_shape] to latent [E]; the identity for a model without encoder."""
     chex.assert_shape(observation, config.observation_shape)
     latent: jax.Array = _apply(config, params, observation, method="encode")
     return latent

@@ -155,10 +155,8 @@ def poison(state, name):
             "register tokens",
         ),
         (
-            lambda s: s.update(
-                {"representation_network.downsample_net.conv1.weight": torch.zeros(2)}
-            ),
-            "image or text encoders",
+            lambda s: s.update({"representation_network.pretrained_model.weight": torch.zeros(2)}),
+            "text encoders",
         ),
         (lambda s: s.update({f"{W}transformer.blocks.0.attn.key.lora_A": torch.zeros(2)}), "LoRA"),
         (lambda s: s.update({"epoch": 3}), "epoch is a int, expected a tensor"),

@@ -17,7 +17,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from kvjax import world_model
-from kvjax.config import Layout, Norm, WindowMode, WorldModelConfig
+from kvjax.config import Layout, WindowMode, WorldModelConfig
+from kvjax.lightzero import encoder_tensors
 from kvjax.types import Params
 
 Tensors = dict[str, np.ndarray[Any, Any]]
@@ -25,6 +26,7 @@ Tensors = dict[str, np.ndarray[Any, Any]]
 IGNORED = (
     r"decoder_network\..*",
     r"head_dict\..*",
+    r"lpips\..*",
     r".*\.attn\.mask",
     r".*\.freqs_cis",
     r".*\.num_batches_tracked",
@@ -33,7 +35,6 @@ IGNORED = (
 
 _WRAPPERS = r"(?:^|(?<=\.))(?:_orig_mod|module)\."  # torch.compile, DistributedDataParallel
 _ENCODER_COPY = "tokenizer.encoder."
-_ENCODER = "representation_network."
 
 _UNSUPPORTED = {
     r"transformer\.blocks\.\d+\.gate[12]\.": "GRU gating",
@@ -42,7 +43,6 @@ _UNSUPPORTED = {
     r"act_embedding_table\.0\.": "continuous actions",
     r".*task_emb": "multi-task models",
     r".*register_token": "register tokens",
-    r"representation_network\.(downsample_net|pretrained_model)\.": "image or text encoders",
 }
 
 _LEAVES = {
@@ -157,6 +157,8 @@ def _module_options(module: Any) -> dict[str, Any]:
         options["rope_theta"] = float(getattr(config, "rope_theta", 10000.0))
     if hasattr(config, "group_size"):
         options["simnorm_group"] = config.group_size
+    encoder = getattr(getattr(module, "tokenizer", None), "encoder", None)
+    options |= encoder_tensors.module_options(encoder)
     return options
 
 
@@ -191,7 +193,7 @@ def _canonical(state: Mapping[str, Any]) -> tuple[Tensors, tuple[str, ...]]:
             raise ValueError(f"{original} is a {type(tensor).__name__}, expected a tensor")
         name = re.sub(_WRAPPERS, "", original).removeprefix("world_model.")
         if name.startswith(_ENCODER_COPY):
-            name = _ENCODER + name.removeprefix(_ENCODER_COPY)
+            name = encoder_tensors.PREFIX + name.removeprefix(_ENCODER_COPY)
         name = name.removeprefix("tokenizer.")
         if any(re.fullmatch(pattern, name) for pattern in IGNORED):
             ignored.append(original)
@@ -210,6 +212,7 @@ def _refuse_unsupported(tensors: Tensors, ignored: tuple[str, ...]) -> None:
         for name in tensors:
             if re.match(pattern, name):
                 raise ValueError(f"unsupported variant: {variant} (tensor {name})")
+    encoder_tensors.refuse_unsupported(tensors)
     has_rotations = any(name.endswith("freqs_cis") for name in ignored)  # only 0.2.0 saves them
     if _layout(tensors) == "0.2.0" and not has_rotations and "transformer.ln_f.weight" in tensors:
         _shape(tensors, _POSITIONS)
@@ -231,7 +234,7 @@ def _infer_config(tensors: Tensors, options: dict[str, Any]) -> WorldModelConfig
             raise ValueError(f"{name} is not stored in a LightZero checkpoint: pass {name}=...")
     inferred = _inferred_fields(tensors)
     for name in inferred.keys() & options.keys():
-        if name not in ("support",) and options[name] != inferred[name]:
+        if name != "support" and not encoder_tensors.agree(name, options[name], inferred[name]):
             raise ValueError(f"{name}={options[name]!r}, but the tensors say {inferred[name]!r}")
     if inferred["max_tokens"] is None:
         options = {"window_mode": "rope_lightzero"} | options
@@ -256,32 +259,20 @@ def _inferred_fields(tensors: Tensors) -> dict[str, Any]:
     layers = {m[1] for name in tensors if (m := re.match(r"transformer\.blocks\.(\d+)\.", name))}
     output = _output_layer(tensors, "head_rewards")
     bins = _shape(tensors, output)[0]
-    inferred: dict[str, Any] = {
+    return {
         "embed_dim": embed_dim,
         "num_layers": len(layers),
         "num_actions": _shape(tensors, "act_embedding_table.weight")[0],
         "max_tokens": None if is_rotary else _shape(tensors, _POSITIONS)[0],
         "support": (-(bins // 2), bins // 2),
         "layout": _layout(tensors),
-        "latent_norm": _norm_kind(tensors, f"{_LATENT_NORM}.weight"),
-    }
-    first = f"{_ENCODER}fc_representation.0.weight"
-    if first in tensors:
-        inferred["observation_size"] = _shape(tensors, first)[1]
-        inferred["encoder_norm"] = _norm_kind(tensors, f"{_ENCODER}norm.weight")
-    return inferred
-
-
-def _norm_kind(tensors: Tensors, weight: str) -> Norm:
-    return "layernorm" if weight in tensors else "simnorm"
+        "latent_norm": "layernorm" if f"{_LATENT_NORM}.weight" in tensors else "simnorm",
+    } | encoder_tensors.inferred_fields(tensors)
 
 
 def _modules(config: WorldModelConfig) -> Iterator[tuple[str, str]]:
     """Flax module paths and the torch modules that they come from."""
-    representation = f"{_ENCODER}fc_representation"
-    for name, index in {"input": 0, "batch_norm": 1, "output": 3}.items():
-        yield f"encoder/{name}", f"{representation}.{index}"
-    yield "encoder/final/norm", f"{_ENCODER}norm"
+    yield from encoder_tensors.modules(config)
     yield "position_embedding", "pos_emb"
     yield "action_embedding", "act_embedding_table"
     feed_forward = _FEED_FORWARD[config.layout]
@@ -308,10 +299,13 @@ def _to_flax(tensors: Tensors, config: WorldModelConfig) -> Params:
         name = f"{modules['/'.join(path[1:-1])]}.{_LEAVES[path[-1]]}"
         if name not in remaining:
             raise ValueError(f"missing tensor {name}")
-        is_kernel = path[-1] == "kernel"  # flax keeps [in, out], torch [out, in]
-        value = remaining.pop(name)
-        world_model.check_parameter(name, value, leaf.shape[::-1] if is_kernel else leaf.shape)
-        params[path] = jnp.array(value.T if is_kernel else value, leaf.dtype)
+        value, shape = remaining.pop(name), leaf.shape
+        is_kernel = path[-1] == "kernel"  # flax keeps [.., in, out], torch [out, in, ..]
+        if is_kernel:
+            shape = (shape[-1], shape[-2], *shape[:-2])
+        world_model.check_parameter(name, value, shape)
+        value = np.moveaxis(value, (1, 0), (-2, -1)) if is_kernel else value
+        params[path] = jnp.array(value, leaf.dtype)
     if remaining:
         raise ValueError(f"tensors that kvjax does not know: {', '.join(sorted(remaining))}")
     return unflatten_dict(params)

@@ -65,6 +65,8 @@ def read(path: str | Path) -> Trace:
         num_heads=described["heads"],
         context_length=described["ctx"],
         window_mode=archive.window_mode(path, described),
+        simnorm_group=described.get("simnorm_group", 8),
+        rope_theta=described.get("rope_theta", 10000.0),
     )
     trace = Trace(
         config=config,
