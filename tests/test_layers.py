@@ -33,7 +33,7 @@ LAYERS = (
     ("play", "verify", "bench.timing", "bench.lightzero_020"),
     ("bench",),
     ("bench.floor",),
-    ("bench.search", "bench.ops"),
+    ("bench.search", "bench.ops", "bench.exactness"),
     ("cli",),
 )
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
