@@ -1,13 +1,18 @@
 """Reads an agent from wherever it is: shipped with kvjax, a kvjax file, or a LightZero file."""
 
 from pathlib import Path
+from typing import Any
 
 from kvjax import checkpoint
 from kvjax.checkpoint import Checkpoint
 
 
 def read_agent(
-    source: str | Path, *, num_heads: int | None = None, context_length: int | None = None
+    source: str | Path,
+    *,
+    num_heads: int | None = None,
+    context_length: int | None = None,
+    window_mode: str | None = None,
 ) -> tuple[Checkpoint, tuple[str, ...]]:
     """The agent, and the names of the tensors that inference leaves out.
 
@@ -15,13 +20,16 @@ def read_agent(
       source: a shipped agent's name, a `.safetensors` file or a LightZero `.pth.tar` file.
       num_heads: what a LightZero file does not tell; a kvjax file must agree with it.
       context_length: likewise, in tokens.
+      window_mode: likewise, see `WorldModelConfig`; by default what the file lets guess.
 
     Raises:
       FileNotFoundError: no such file.
       ValueError: the file cannot be read, or says something else than the arguments.
     """
     path = checkpoint.shipped().get(str(source), Path(source))
-    given = {"num_heads": num_heads, "context_length": context_length}
+    given: dict[str, Any] = {"num_heads": num_heads, "context_length": context_length}
+    if window_mode is not None:
+        given["window_mode"] = window_mode
     if path.suffix != checkpoint.SUFFIX:
         from kvjax.lightzero.checkpoint import read
 

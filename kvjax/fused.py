@@ -22,6 +22,7 @@ import jax.numpy as jnp
 
 from kvjax import world_model
 from kvjax.config import WorldModelConfig
+from kvjax.ops import position
 from kvjax.types import Params
 from kvjax.world_model import EPSILON
 
@@ -79,14 +80,17 @@ class Folded:
     at_observation: HeadPair  # policy, value
     latent_norm: Linear | None  # [E], of an observation head that ends in LayerNorm
     actions: jax.Array  # [A, E] centred
-    positions: jax.Array  # [C, E] centred
-    projected: jax.Array  # [C, L, 2, H, D], what each position adds to keys and values
+    positions: jax.Array | None  # [C, E] centred; None if positions are rotary
+    projected: jax.Array | None  # [C, L, 2, H, D], what each position adds to keys and values
 
 
 def fold(params: Params, *, config: WorldModelConfig) -> Folded:
     """Prepares parameters for a search; do it again whenever they change."""
     p = params["params"]
-    table = world_model.positions(params, config=config)
+    table, projected = None, None
+    if not config.is_rotary:
+        table = _centred(world_model.positions(params, config=config), axis=1)
+        projected = world_model.projected_positions(params, config=config)
     heads = {name: p[f"{name}_head"] for name in ("reward", "latent", "policy", "value")}
     final = p["final_norm"]
     latent_norm = p.get("latent_final", {}).get("norm")
@@ -97,8 +101,8 @@ def fold(params: Params, *, config: WorldModelConfig) -> Folded:
         at_observation=_fold_heads(heads["policy"], heads["value"], final),
         latent_norm=None if latent_norm is None else _affine(latent_norm),
         actions=_centred(p["action_embedding"]["embedding"], axis=1),
-        positions=_centred(table, axis=1),
-        projected=world_model.projected_positions(params, config=config),
+        positions=table,
+        projected=projected,
     )
 
 
@@ -171,6 +175,9 @@ def token_step(
     cached: Cached,
     valid: jax.Array,
     fresh: tuple[Fresh, ...] = (),
+    rotation: jax.Array | None = None,
+    *,
+    config: WorldModelConfig,
 ) -> tuple[jax.Array, Fresh]:
     """Runs one token of each row through the transformer.
 
@@ -179,6 +186,7 @@ def token_step(
       cached: keys and values of the windows as they are read, positions included.
       valid: [B, T] bool.
       fresh: tokens pushed after the window, as this function returned them.
+      rotation: [B, 2, D / 2] of the token, see `kvjax.ops.position.rotation`.
 
     Returns:
       The stream [E, B] behind the last layer, centred and not normalised, and the token's own keys
@@ -186,16 +194,52 @@ def token_step(
     """
     chex.assert_rank([x, valid], 2)
     width, batch = x.shape
-    heads = folded.projected.shape[-2]
+    heads = config.num_heads
     own = []
     for layer, block in enumerate(folded.blocks):
         qkv = _apply(block.qkv, x, _rstd(x)).T.reshape(batch, 3, width)
+        if rotation is not None:
+            qkv = qkv.at[:, :2].set(_rotated(qkv[:, :2], rotation, heads))
         behind = jnp.stack([*(token[layer] for token in fresh), qkv[:, 1:]], axis=1)
         read = _attend(qkv[:, 0], cached[layer], valid, behind, heads)
         x = x + _apply(block.projection, read.T)
         x = x + _apply(block.contract, jax.nn.gelu(_apply(block.expand, x, _rstd(x))))
         own.append(qkv[:, 1:])
     return x, tuple(own)
+
+
+def _rotated(x: jax.Array, rotation: jax.Array, heads: int) -> jax.Array:
+    """Queries and keys [B, 2, E] of one position per row, rotated head by head."""
+    by_head = x.reshape(*x.shape[:2], heads, -1)
+    rotate = jax.vmap(jax.vmap(position.rotate, in_axes=(0, None)))
+    rotated: jax.Array = rotate(by_head, rotation).reshape(x.shape)
+    return rotated
+
+
+def sequence(folded: Folded, x: jax.Array, *, config: WorldModelConfig) -> jax.Array:
+    """Keys and values of whole sequences at positions 0, 1, .., each token reading those before it.
+
+    Args:
+      x: [E, B, T], centred, without positions.
+
+    Returns:
+      [B, T, L, 2, H, D].
+    """
+    embed_dim, batch, length = x.shape
+    heads = (3, config.num_heads, config.window.head_dim, batch, length)
+    causal = jnp.tril(jnp.ones((length, length), bool))
+    if folded.positions is not None:
+        x = x + folded.positions[:length].T[:, None]
+    x, own = x.reshape(embed_dim, -1), []
+    for block in folded.blocks:
+        query, key, value = _apply(block.qkv, x, _rstd(x)).reshape(heads)  # [H, D, B, T] each
+        scores = jnp.einsum("hdbq,hdbk->bhqk", query, key)
+        weights = jax.nn.softmax(jnp.where(causal, scores, -jnp.inf), axis=-1)
+        read = jnp.einsum("bhqk,hdbk->hdbq", weights, value).reshape(embed_dim, -1)
+        x = x + _apply(block.projection, read)
+        x = x + _apply(block.contract, jax.nn.gelu(_apply(block.expand, x, _rstd(x))))
+        own.append(jnp.stack([key, value]))
+    return jnp.stack(own).transpose(4, 5, 0, 1, 2, 3)
 
 
 def _attend(
@@ -284,11 +328,16 @@ def _simnorm(x: jax.Array, group: int) -> jax.Array:
     return (exponents / total[:, None]).reshape(x.shape)
 
 
-def embed_action(folded: Folded, action: jax.Array, position: jax.Array) -> jax.Array:
-    """Actions [B] at positions [B] to tokens [E, B], centred."""
-    return (folded.actions[action] + folded.positions[position]).T
+def embed_action(folded: Folded, action: jax.Array) -> jax.Array:
+    """Actions [B] to raw tokens [E, B], centred."""
+    return folded.actions[action].T
 
 
-def embed_latent(folded: Folded, latent: jax.Array, position: jax.Array) -> jax.Array:
-    """Latents [E, B] at positions [B] to tokens [E, B], centred."""
-    return _centred(latent, axis=0) + folded.positions[position].T
+def embed_latent(latent: jax.Array) -> jax.Array:
+    """Latents [E, B] to raw tokens [E, B], centred."""
+    return _centred(latent, axis=0)
+
+
+def place(folded: Folded, token: jax.Array, slot: jax.Array) -> jax.Array:
+    """Adds learned positions, if there are any, to raw tokens [E, B] in slots [B]."""
+    return token if folded.positions is None else token + folded.positions[slot].T

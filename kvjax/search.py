@@ -13,27 +13,12 @@ from kvjax import mctx_search, own_token_search, step, world_model
 from kvjax import tree as trees
 from kvjax.checks import ArrayLike, validate_range
 from kvjax.config import SearchConfig, WorldModelConfig
+from kvjax.contexts import advance
 from kvjax.fused import fold
 from kvjax.ops import support
-from kvjax.ops import window as windows
 from kvjax.types import Contexts, Params, Prepared, SearchOutput
 
 _TINY = float(np.finfo(np.float32).tiny)
-
-
-def init_contexts(config: WorldModelConfig, num_envs: int) -> Contexts:
-    """Empty contexts, one row per environment.
-
-    Returns:
-      `Contexts` with windows [B, C, L, 2, H, D] and timestep -1.
-
-    Raises:
-      ValueError: `num_envs` is below 1.
-    """
-    if num_envs < 1:
-        raise ValueError(f"num_envs must be at least 1, got {num_envs}")
-    window = jax.vmap(lambda _: windows.init(config.window))(jnp.arange(num_envs))
-    return Contexts(window=window, timestep=jnp.full((num_envs,), -1, jnp.int32))
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
@@ -159,22 +144,19 @@ def _search(
     folded = params.folded if isinstance(params, Prepared) else None
     variables = params.params if isinstance(params, Prepared) else params
     correction = world_model.slide_correction(variables, config=config)
-    encode = functools.partial(world_model.encode, variables, config=config)
-    push = functools.partial(step.root_step, variables, correction, config=config)
-    latent = jax.vmap(encode)(observation)
-    window, policy, value = jax.vmap(push)(contexts.window, last_action, latent)
-    starts = last_action == step.FIRST_STEP
-    contexts = Contexts(window, jnp.where(starts, 0, contexts.timestep + 1))
+    contexts, policy, value = advance(
+        variables, correction, contexts, observation, last_action, config=config
+    )
     root_value = support.to_scalar(value, config.support)
     if search.tree != "lightzero":
         return contexts, mctx_search.run(
-            variables, rng, window, policy, root_value, legal, correction, config, search
+            variables, rng, contexts, policy, root_value, legal, correction, config, search
         )
     noise_rng, action_rng = jax.random.split(rng)
     prior = trees.softmax(policy, legal)
     folded = fold(variables, config=config) if folded is None else folded
     noisy = _with_noise(noise_rng, prior, legal, search)
-    tree = own_token_search.run(folded, noisy, window, config, search)
+    tree = own_token_search.run(folded, noisy, contexts, config, search)
     visit_counts = trees.visit_counts(tree)
     return contexts, SearchOutput(
         action=mctx_search.choose(action_rng, visit_counts, legal, search.temperature),

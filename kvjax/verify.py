@@ -18,10 +18,10 @@ import numpy as np
 
 from kvjax import step, world_model
 from kvjax import store as stores
+from kvjax.contexts import init_contexts
 from kvjax.inference import initial_inference, recurrent_inference
 from kvjax.lightzero import archive
 from kvjax.lightzero import trace as traces
-from kvjax.search import init_contexts
 from kvjax.types import Inference, Prediction, Window
 from kvjax.verify_episodes import EpisodeReport, verify_episodes
 from kvjax.verify_trees import TreeReport, verify_trees
@@ -133,21 +133,23 @@ def _replay_tree(trace: traces.Trace) -> Iterator[Comparison]:
     config = trace.config
     correction = world_model.slide_correction(trace.params, config=config)
     root_step = jax.jit(
-        jax.vmap(functools.partial(step.root_step, config=config), in_axes=(None, None, 0, 0, 0))
+        jax.vmap(functools.partial(step.root_step, config=config), in_axes=(None, None, 0, 0, 0, 0))
     )
     imagine = _recurrent_step(trace)
     window = init_contexts(config, trace.num_envs).window
     for recorded in trace.steps():
-        action = recorded["action"].astype(np.int32)
+        action, timestep = (recorded[name].astype(np.int32) for name in ("action", "timestep"))
         window, policy, value = root_step(
-            trace.params, correction, window, action, recorded["latent"]
+            trace.params, correction, window, action, recorded["latent"], timestep
         )
         yield from _compare_root(window, policy, value, recorded)
         nodes = [window]
         for index in range(trace.num_simulations):
             parents = _gather(nodes, recorded["parent"][index])
-            action = recorded["sim_action"][index].astype(np.int32)
-            child, prediction = imagine(trace.params, correction, parents, action)
+            action, depth = (
+                recorded[name][index].astype(np.int32) for name in ("sim_action", "depth")
+            )
+            child, prediction = imagine(trace.params, correction, parents, action, depth, timestep)
             nodes.append(child)
             yield from _compare_prediction(prediction, recorded, index)
 
@@ -157,10 +159,10 @@ def _recurrent_step(trace: traces.Trace) -> Any:
     one_item = functools.partial(step.recurrent_step, config=trace.config)
 
     @jax.jit
-    def batched(params: Any, correction: jax.Array, window: Window, action: jax.Array) -> Any:
+    def batched(params: Any, correction: jax.Array | None, window: Window, *rows: Any) -> Any:
         pads = jnp.max(window.length) - window.length if trace.pads_are_read else None
-        return jax.vmap(lambda w, a, p: one_item(params, correction, w, a, zero_keys=p))(
-            window, action, pads
+        return jax.vmap(lambda pad, *row: one_item(params, correction, *row, zero_keys=pad))(
+            pads, window, *rows
         )
 
     return batched

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from kvjax import checkpoint, near_ties, reference_tree, step, world_model
@@ -21,10 +20,11 @@ from kvjax import store as stores
 from kvjax.agent import read_agent
 from kvjax.checkpoint import Checkpoint
 from kvjax.config import SearchConfig
-from kvjax.host_search import encode, host_search, most_visited
+from kvjax.contexts import init_contexts, replay
+from kvjax.host_search import host_search, most_visited
 from kvjax.lightzero.search_trace import Episode, EpisodeTrace, read_episodes
 from kvjax.ops import support
-from kvjax.search import init_contexts, prepare, search
+from kvjax.search import prepare, search
 from kvjax.verify_trees import Difference, as_json, difference, relative_error
 
 Array = np.ndarray[Any, Any]
@@ -34,7 +34,6 @@ Answer = tuple[Array, float, int]
 TOLERANCE = 1e-4
 """Largest relative error of a root value; models on two platforms do not agree to the last bit."""
 
-_root_step = jax.jit(step.root_step, static_argnames="config")
 _recurrent_step = jax.jit(step.recurrent_step, static_argnames="config")
 
 _LEAST_IDENTICAL = 0.995
@@ -82,8 +81,6 @@ def verify_episodes(
       ValueError: the file is no episode trace, is incomplete, or the agent is another one.
     """
     trace = read_episodes(path)
-    if trace.rope:
-        raise ValueError(f"{path} needs rotary positions (rope), which is not supported yet")
     name = str(agent) if agent is not None else _shipped_agent(path, trace)
     player = _read_player(path, trace, name)
     replay = {"tree": _replay_tree, "store": _replay_store}[route]
@@ -148,19 +145,26 @@ def _compare(
 def _shipped_agent(path: str | Path, trace: EpisodeTrace) -> str:
     """The shipped agent that plays the trace's environment."""
     for name, file in checkpoint.shipped().items():
-        if checkpoint.load(file).environment == trace.environment:
+        agent = checkpoint.load(file)
+        if agent.environment == trace.environment and agent.config.is_rotary == trace.rope:
             return name
     raise ValueError(
-        f"{path}: no agent that is shipped plays {trace.environment}, pass --checkpoint"
+        f"{path}: no agent that is shipped plays {trace.environment} with"
+        f" {'rotary' if trace.rope else 'learned'} positions, pass --checkpoint"
     )
 
 
 def _read_player(path: str | Path, trace: EpisodeTrace, name: str) -> Checkpoint:
     """The agent, which must be of the trace's sizes."""
-    sizes = {"num_heads": trace.num_heads, "context_length": trace.context_length}
-    player, _ = read_agent(name, **sizes)
+    player, _ = read_agent(
+        name,
+        num_heads=trace.num_heads,
+        context_length=trace.context_length,
+        window_mode=f"rope_{trace.rope_positions}" if trace.rope else None,
+    )
     config, episode = player.config, trace.episodes[0]
-    expected = {
+    expected: dict[str, tuple[Any, Any]] = {
+        "rotary positions": (trace.rope, config.is_rotary),
         "support": (trace.support, config.support),
         "num_actions": (episode.visits.shape[1], config.num_actions),
         "observation_shape": (episode.observations.shape[1:], config.observation_shape),
@@ -216,21 +220,27 @@ def _begin(
     """The host's tree of one step, and the network behind whole windows: slow, and for one step."""
     config, params = player.config, player.params
     correction = world_model.slide_correction(params, config=config)
-    push = functools.partial(_root_step, params, correction, config=config)
-    imagine = functools.partial(_recurrent_step, params, correction, config=config)
-    window = jax.tree.map(lambda x: x[0], init_contexts(config, 1).window)
-    latents = encode(params, episode.observations[: t + 1], config=config)
-    for s, latent in enumerate(latents):
-        window, policy, _ = push(window, jnp.int32(_last_action(episode, s)[0]), latent)
-    nodes = [window]
+    last_actions = np.concatenate([[step.FIRST_STEP], episode.actions[:-1]])
+    contexts, policy, _ = replay(
+        params,
+        episode.observations[None],
+        last_actions[None],
+        np.array([t + 1]),
+        config=config,
+    )
+    nodes, depths = [jax.tree.map(lambda x: x[0], contexts.window)], [0]
 
     def network(node: int, action: int) -> tuple[float, float, Array]:
-        child, answer = imagine(nodes[node], jnp.int32(action))
+        depth = depths[node] + 1
+        child, answer = _recurrent_step(
+            params, correction, nodes[node], action, depth, t, config=config
+        )
         nodes.append(child)
+        depths.append(depth)
         reward, value = (
             support.to_scalar(x, config.support) for x in (answer.reward, answer.value)
         )
         return float(reward), float(value), np.asarray(answer.policy)
 
     legal = np.ones(config.num_actions, bool)
-    return reference_tree.init(np.asarray(policy), legal, search_config), network
+    return reference_tree.init(np.asarray(policy[0]), legal, search_config), network

@@ -5,6 +5,7 @@ The model reads a window and returns the new token's keys and values; it never w
 Shapes: E embedding size, L layers, H heads, D head size, A actions, S support bins.
 """
 
+import dataclasses
 from typing import Any
 
 import chex
@@ -15,7 +16,7 @@ import numpy as np
 
 from kvjax.config import Norm, WorldModelConfig
 from kvjax.ops import attention, position
-from kvjax.ops.window import valid_mask
+from kvjax.ops import window as windows
 from kvjax.types import Params, Window
 
 EPSILON = 1e-5
@@ -96,15 +97,38 @@ class _Block(nn.Module):
         self.expand, self.contract = nn.Dense(_EXPANSION * width), nn.Dense(width)
 
     def __call__(
-        self, x: jax.Array, cached: jax.Array, valid: jax.Array, zero_keys: jax.Array | None
+        self,
+        x: jax.Array,
+        cached: jax.Array,
+        valid: jax.Array,
+        rotation: jax.Array | None,
+        zero_keys: jax.Array | None,
+    ) -> tuple[jax.Array, jax.Array]:
+        query, fresh = self._query_and_fresh(x, rotation)
+        read = attention.attend(query, fresh, cached, valid, zero_keys)
+        return self._after_attention(x, read.reshape(-1)), fresh
+
+    def sequence(
+        self, x: jax.Array, earlier: jax.Array, rotation: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """T tokens at once: x [T, E]; each reads the `earlier` ones [T, T] bool and itself."""
+        query, fresh = jax.vmap(self._query_and_fresh)(x, rotation)
+        read = jax.vmap(attention.attend, (0, 0, None, 0))(query, fresh, fresh, earlier)
+        return self._after_attention(x, read.reshape(len(x), -1)), fresh
+
+    def _query_and_fresh(
+        self, x: jax.Array, rotation: jax.Array | None
     ) -> tuple[jax.Array, jax.Array]:
         heads = (self.config.num_heads, -1)
         normed = self.attention_norm(x)
-        query = self.query(normed).reshape(heads)
-        fresh = jnp.stack([self.key(normed).reshape(heads), self.value(normed).reshape(heads)])
-        read = attention.attend(query, fresh, cached, valid, zero_keys)
-        x = x + self.projection(read.reshape(-1))
-        return x + self.contract(nn.gelu(self.expand(self.feed_forward_norm(x)))), fresh
+        query, key = self.query(normed).reshape(heads), self.key(normed).reshape(heads)
+        if rotation is not None:
+            query, key = position.rotate(query, rotation), position.rotate(key, rotation)
+        return query, jnp.stack([key, self.value(normed).reshape(heads)])
+
+    def _after_attention(self, x: jax.Array, read: jax.Array) -> jax.Array:
+        x = x + self.projection(read)
+        return x + self.contract(nn.gelu(self.expand(self.feed_forward_norm(x))))
 
 
 class WorldModel(nn.Module):
@@ -116,7 +140,8 @@ class WorldModel(nn.Module):
         config = self.config
         if config.observation_size is not None:
             self.encoder = _Encoder(config)
-        self.position_embedding = nn.Embed(config.max_tokens, config.embed_dim)
+        if config.max_tokens is not None:
+            self.position_embedding = nn.Embed(config.max_tokens, config.embed_dim)
         self.action_embedding = nn.Embed(config.num_actions, config.embed_dim)
         self.blocks = [_Block(config) for _ in range(config.num_layers)]
         self.final_norm = _layer_norm()
@@ -142,16 +167,41 @@ class WorldModel(nn.Module):
         return self.action_embedding(action)
 
     def token_step(
-        self, token: jax.Array, window: Window, zero_keys: jax.Array | None = None
+        self,
+        token: jax.Array,
+        window: Window,
+        position: jax.Array | None,
+        zero_keys: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """See `kvjax.world_model.token_step`."""
-        valid = valid_mask(window)
-        x = token + self.positions()[window.length]
+        valid = windows.valid_mask(window)
+        x, rotation = self._place(token, window.length if position is None else position)
         fresh = []
         for layer, block in enumerate(self.blocks):
-            x, kv = block(x, window.kv[:, layer], valid, zero_keys)
+            x, kv = block(x, window.kv[:, layer], valid, rotation, zero_keys)
             fresh.append(kv)
         return self.final_norm(x), jnp.stack(fresh)
+
+    def sequence(
+        self, tokens: jax.Array, positions: jax.Array, earlier: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """See `kvjax.world_model.sequence`."""
+        x, rotation = jax.vmap(self._place)(tokens, positions)
+        fresh = []
+        for block in self.blocks:
+            x, kv = block.sequence(x, earlier, rotation)
+            fresh.append(kv)
+        return self.final_norm(x), jnp.stack(fresh, axis=1)
+
+    def _place(
+        self, token: jax.Array, token_position: jax.Array
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Adds a learned position to a token [E], or says how to rotate its query and key."""
+        config = self.config
+        if not config.is_rotary:
+            return token + self.positions()[token_position], None
+        head_dim = config.window.head_dim
+        return token, position.rotation(token_position, head_dim, config.rope_theta)
 
     def at_action(self, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Heads read at an action token: reward logits [S] and next latent [E]."""
@@ -163,7 +213,7 @@ class WorldModel(nn.Module):
 
     def __call__(self, observation: jax.Array, action: jax.Array, window: Window) -> Any:
         """Touches every parameter once: what `init` needs."""
-        hidden, _ = self.token_step(self.encode(observation), window)
+        hidden, _ = self.token_step(self.encode(observation), window, None)
         return self.embed_action(action), self.at_action(hidden), self.at_observation(hidden)
 
 
@@ -177,10 +227,7 @@ def init_params(rng: jax.Array, config: WorldModelConfig) -> Params:
     Returns:
       Flax variables.
     """
-    window = Window(
-        kv=jnp.zeros((config.context_length, *config.window.token_shape), config.dtype),
-        length=jnp.zeros((), jnp.int32),
-    )
+    window = windows.init(config.window)
     observation = jnp.zeros(config.observation_shape)
     return WorldModel(config).init(rng, observation, jnp.zeros((), jnp.int32), window)
 
@@ -225,17 +272,18 @@ def token_step(
     params: Params,
     token: jax.Array,
     window: Window,
+    position: jax.Array | None = None,
     *,
     config: WorldModelConfig,
     zero_keys: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Runs one token through the transformer, reading a window.
 
-    The token's position is the window's length.
-
     Args:
       token: [E], a latent or an embedded action, without position.
       window: what the token may attend to, `kv` [C, L, 2, H, D].
+      position: [] int32, where a rotary model places the token; the window's length by default,
+        which is where learned positions place it.
       zero_keys: see `kvjax.ops.attention.attend`.
 
     Returns:
@@ -243,8 +291,38 @@ def token_step(
     """
     chex.assert_shape(token, config.latent_shape)
     chex.assert_shape(window.kv, (config.context_length, *config.window.token_shape))
-    hidden, kv_token = _apply(config, params, token, window, zero_keys, method="token_step")
+    hidden, kv_token = _apply(
+        config, params, token, window, position, zero_keys, method="token_step"
+    )
     return hidden, kv_token
+
+
+def sequence(
+    params: Params,
+    tokens: jax.Array,
+    positions: jax.Array | None = None,
+    earlier: jax.Array | None = None,
+    *,
+    config: WorldModelConfig,
+) -> tuple[jax.Array, jax.Array]:
+    """Runs T tokens through the transformer at once, without a window.
+
+    Args:
+      tokens: [T, E], latents and embedded actions, without positions.
+      positions: [T] int32, 0 .. T - 1 by default; learned ones below C.
+      earlier: [T, T] bool, which tokens each one may attend to besides itself; all before it by
+        default.
+
+    Returns:
+      hidden [T, E] and keys and values [T, L, 2, H, D].
+    """
+    length = tokens.shape[0]
+    chex.assert_shape(tokens, (length, *config.latent_shape))
+    positions = jnp.arange(length, dtype=jnp.int32) if positions is None else positions
+    earlier = jnp.tril(jnp.ones((length, length), bool), k=-1) if earlier is None else earlier
+    chex.assert_shape([positions, earlier], [(length,), (length, length)])
+    hidden, kv = _apply(config, params, tokens, positions, earlier, method="sequence")
+    return hidden, kv
 
 
 def at_action(
@@ -270,7 +348,10 @@ def positions(params: Params, *, config: WorldModelConfig) -> jax.Array:
 
 
 def projected_positions(params: Params, *, config: WorldModelConfig) -> jax.Array:
-    """What each position adds to keys and values when LayerNorm is left out: [C, L, 2, H, D]."""
+    """What each position adds to keys and values when LayerNorm is left out: [C, L, 2, H, D].
+
+    For learned positions only.
+    """
     blocks = [params["params"][f"blocks_{layer}"] for layer in range(config.num_layers)]
     kernels = jnp.stack(
         [jnp.stack([block["key"]["kernel"], block["value"]["kernel"]]) for block in blocks]
@@ -278,10 +359,25 @@ def projected_positions(params: Params, *, config: WorldModelConfig) -> jax.Arra
     return position.project(positions(params, config=config), kernels, config.num_heads)
 
 
-def slide_correction(params: Params, *, config: WorldModelConfig) -> jax.Array:
+def slide_correction(params: Params, *, config: WorldModelConfig) -> jax.Array | None:
     """What `kvjax.ops.window.slide` needs for this model: [C - 3, L, 2, H, D].
 
-    Depends on the parameters alone: compute it once per call, outside the simulations' loop, and
-    it can never be older than the weights.
+    None unless the model's `window_mode` is "learned". Depends on the parameters alone: compute it
+    once per call, outside the simulations' loop, and it can never be older than the weights.
     """
+    if config.window_mode != "learned":
+        return None
     return position.slide_correction(projected_positions(params, config=config))
+
+
+def rebuild(params: Params, window: Window, *, config: WorldModelConfig) -> Window:
+    """Computes a window's keys and values again, from its raw tokens at positions 0 .. length - 1.
+
+    Args:
+      window: of at most C - 3 tokens, with `raw` [C, E] (window mode "rebuild").
+    """
+    kept = config.window.kept_length
+    _, kv = sequence(params, jnp.asarray(window.raw)[:kept], config=config)
+    valid = jnp.arange(kept) < window.length
+    kv = jnp.where(valid[:, None, None, None, None], kv, 0).astype(window.kv.dtype)
+    return dataclasses.replace(window, kv=jnp.zeros_like(window.kv).at[:kept].set(kv))

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import SMALL, random_params
+from conftest import SMALL, random_params, with_mode
 
 from kvjax import (
     SearchConfig,
@@ -19,6 +19,7 @@ from kvjax import (
     step,
     world_model,
 )
+from kvjax.config import WINDOW_MODES
 from kvjax.ops import support
 from kvjax.ops import window as windows
 
@@ -46,27 +47,28 @@ def test_folded_model_equals_the_model(config, many, monkeypatch):
         return own, reward, latent, policy, value
 
     expected = jax.vmap(one_row)(action, windows.Window(kv, length))
-    x = fused.embed_action(folded, action, length)
+    x = fused.place(folded, fused.embed_action(folded, action), length)
     cached = tuple(
         tuple(kv[:, :, layer, kind].reshape(*kv.shape[:2], -1) for kind in range(2))
         for layer in range(config.num_layers)
     )
-    x, own = fused.token_step(folded, x, cached, valid)
+    x, own = fused.token_step(folded, x, cached, valid, config=config)
     own = jnp.stack(own, axis=1).reshape(4, *config.window.token_shape)
     heads = (*fused.at_action(folded, x, config=config), *fused.at_observation(folded, x))
     for ours, theirs in zip((own, *(head.T for head in heads)), expected, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 
-def window_search(params, window, policy, config, search_config):
+def window_search(params, window, policy, timestep, config, search_config):
     """One row with a whole window per node, on the host: what own tokens must equal."""
     correction = world_model.slide_correction(params, config=config)
     imagine = jax.jit(functools.partial(step.recurrent_step, params, correction, config=config))
     grown = reference_tree.init(policy, np.ones(len(policy), bool), search_config)
-    nodes = [window]
+    nodes, depths = [window], [0]
     for _ in range(search_config.num_simulations):
         parent, action = reference_tree.select(grown)
-        child, out = imagine(nodes[parent], jnp.int32(action))
+        depths.append(depths[parent] + 1)
+        child, out = imagine(nodes[parent], jnp.int32(action), depths[-1], timestep)
         nodes.append(child)
         reward, value = (
             float(support.to_scalar(x, config.support)) for x in (out.reward, out.value)
@@ -76,9 +78,10 @@ def window_search(params, window, policy, config, search_config):
 
 
 @pytest.mark.parametrize("context_length", [4, 8, 20])
-def test_own_tokens_equal_whole_windows(context_length):
+@pytest.mark.parametrize("mode", WINDOW_MODES)
+def test_own_tokens_equal_whole_windows(mode, context_length):
     """Deep searches from short, full and slid root windows; a row restarts on the way."""
-    config = dataclasses.replace(SMALL, context_length=context_length, max_tokens=24)
+    config = with_mode(dataclasses.replace(SMALL, context_length=context_length), mode)
     params, search_config = random_params(config), SearchConfig(num_simulations=30, discount=0.9)
     correction = world_model.slide_correction(params, config=config)
     push = jax.jit(functools.partial(step.root_step, params, correction, config=config))
@@ -90,6 +93,7 @@ def test_own_tokens_equal_whole_windows(context_length):
         action = rng.integers(0, 3, size=2)
         action[[t == 0, t in (0, 7)]] = -1
         before = contexts.window
+        timesteps = np.array([t, t % 7])
         contexts, out = search(
             params,
             jax.random.key(0),
@@ -102,8 +106,12 @@ def test_own_tokens_equal_whole_windows(context_length):
         if t % 4 == 3:
             for b in range(2):
                 held = jax.tree.map(lambda x, b=b: x[b], before)
-                window, policy, _ = push(held, jnp.int32(action[b]), encode(observation[b]))
-                grown = window_search(params, window, np.asarray(policy), config, search_config)
+                window, policy, _ = push(
+                    held, jnp.int32(action[b]), encode(observation[b]), timesteps[b]
+                )
+                grown = window_search(
+                    params, window, np.asarray(policy), timesteps[b], config, search_config
+                )
                 np.testing.assert_array_equal(
                     out.visit_counts[b], reference_tree.visit_counts(grown)
                 )

@@ -198,6 +198,21 @@ def test_weights_of_a_file(capsys, data, tmp_path):
     assert not report["ok"]
 
 
+@pytest.mark.parametrize("route", ["tree", "store"])
+def test_episodes_with_rotary_positions(data, tmp_path, route):
+    pytest.importorskip("torch")
+
+    def cut(arrays):
+        for name in arrays.keys() - {"config"}:
+            arrays[name] = arrays[name][:30]
+
+    path = rewritten(data / "cartpole_masked_rope_episodes.npz", tmp_path / "e.npz", cut)
+    agent = data / "cartpole_masked_rope_lightzero_main.pth.tar"
+    report = verify_episodes(path, route=route, agent=agent)
+    assert (report.steps, report.identical_visits, report.identical_actions) == (60, 1.0, 1.0)
+    assert report.ok
+
+
 def test_command_line(capsys, data, tmp_path):
     path = few_trees(data, tmp_path / "t.npz")
     assert cli.main(["verify", str(path), "--json"]) == 0
@@ -247,7 +262,7 @@ def test_bad_tree_traces(data, tmp_path, change, message):
     [
         (lambda a: set_config(a, seeds=[]), r"seeds must be a list of numbers, got \[\]"),
         (lambda a: set_config(a, seeds=[7]), "seed7/obs is missing"),
-        (lambda a: set_config(a, rope=True), "rotary positions .*rope.* not supported yet"),
+        (lambda a: set_config(a, rope=True), "no agent that is shipped .* with rotary positions"),
         (lambda a: set_config(a, num_heads=4), "was converted with num_heads 2, got 4"),
         (lambda a: set_config(a, support=[-3, 3]), r"support \(-3, 3\), cartpole_masked has"),
         (lambda a: set_config(a, env="Pong-v5"), "no agent that is shipped plays .*Pong-v5"),

@@ -15,7 +15,8 @@ import numpy as np
 from kvjax import lightzero, world_model
 from kvjax.bench import floor, lightzero_020, timing
 from kvjax.config import SearchConfig, Tree, WorldModelConfig
-from kvjax.search import compiled, init_contexts, prepare, search
+from kvjax.contexts import init_contexts
+from kvjax.search import compiled, prepare, search
 from kvjax.step import FIRST_STEP
 from kvjax.types import Params
 

@@ -17,7 +17,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from kvjax import world_model
-from kvjax.config import Norm, WorldModelConfig
+from kvjax.config import Layout, Norm, WindowMode, WorldModelConfig
 from kvjax.types import Params
 
 Tensors = dict[str, np.ndarray[Any, Any]]
@@ -66,6 +66,7 @@ _HEADS = {
     "value_head": "head_value",
 }
 _FEED_FORWARD = {"0.2.0": "mlp", "main": "feed_forward"}
+_POSITIONS = "pos_emb.weight"
 _LATENT_NORM = "head_observations.head_module.5"
 
 _log = logging.getLogger(__name__)
@@ -115,7 +116,7 @@ def read(source: Any, **options: Any) -> Imported:
     if not isinstance(source, Mapping):
         raise ValueError(f"expected a path, a state dict or a torch module, got {type(source)}")
     tensors, ignored = _canonical(source.get("model", source))
-    _refuse_unsupported(tensors)
+    _refuse_unsupported(tensors, ignored)
     config = _infer_config(tensors, options)
     params = _to_flax(tensors, config)
     return Imported(config, params, ignored)
@@ -148,13 +149,27 @@ def _module_options(module: Any) -> dict[str, Any]:
     config = getattr(getattr(module, "world_model", module), "config", None)
     if config is None:
         raise ValueError(f"{type(module).__name__} has no config: expected a LightZero WorldModel")
-    for name in ("rotary_emb", "use_policy_logits_clip"):
-        if getattr(config, name, False):
-            raise ValueError(f"unsupported variant: {name}")
+    if getattr(config, "use_policy_logits_clip", False):
+        raise ValueError("unsupported variant: use_policy_logits_clip")
     options = {"num_heads": config.num_heads, "context_length": config.context_length}
+    options["window_mode"] = _module_window_mode(config)
+    if getattr(config, "rotary_emb", False):
+        options["rope_theta"] = float(getattr(config, "rope_theta", 10000.0))
     if hasattr(config, "group_size"):
         options["simnorm_group"] = config.group_size
     return options
+
+
+def _module_window_mode(config: Any) -> WindowMode:
+    modes: dict[str, WindowMode] = {
+        "rotary_emb": "rope_lightzero",
+        "rebuild_kv_window_from_tokens": "rebuild",
+        "exact_kv_window_reset": "reset",
+    }
+    said = [name for name in modes if getattr(config, name, False)]
+    if len(said) > 1:
+        raise ValueError(f"{' and '.join(said)} exclude each other")
+    return modes[said[0]] if said else "learned"
 
 
 def _to_numpy(tensor: Any) -> np.ndarray[Any, Any]:
@@ -190,16 +205,14 @@ def _canonical(state: Mapping[str, Any]) -> tuple[Tensors, tuple[str, ...]]:
     return tensors, tuple(ignored)
 
 
-def _refuse_unsupported(tensors: Tensors) -> None:
+def _refuse_unsupported(tensors: Tensors, ignored: tuple[str, ...]) -> None:
     for pattern, variant in _UNSUPPORTED.items():
         for name in tensors:
             if re.match(pattern, name):
                 raise ValueError(f"unsupported variant: {variant} (tensor {name})")
-    if "transformer.ln_f.weight" in tensors and "pos_emb.weight" not in tensors:
-        raise ValueError(
-            "unsupported variant: rotary positions (the checkpoint has a transformer and no"
-            " pos_emb.weight)"
-        )
+    has_rotations = any(name.endswith("freqs_cis") for name in ignored)  # only 0.2.0 saves them
+    if _layout(tensors) == "0.2.0" and not has_rotations and "transformer.ln_f.weight" in tensors:
+        _shape(tensors, _POSITIONS)
 
 
 def _shape(tensors: Tensors, name: str) -> tuple[int, ...]:
@@ -220,6 +233,8 @@ def _infer_config(tensors: Tensors, options: dict[str, Any]) -> WorldModelConfig
     for name in inferred.keys() & options.keys():
         if name not in ("support",) and options[name] != inferred[name]:
             raise ValueError(f"{name}={options[name]!r}, but the tensors say {inferred[name]!r}")
+    if inferred["max_tokens"] is None:
+        options = {"window_mode": "rope_lightzero"} | options
     config = WorldModelConfig(**(inferred | options))
     bins = _shape(tensors, _output_layer(tensors, "head_rewards"))[0]
     if config.support_size != bins:
@@ -228,12 +243,16 @@ def _infer_config(tensors: Tensors, options: dict[str, Any]) -> WorldModelConfig
 
 
 def _output_layer(tensors: Tensors, head: str) -> str:
-    layout = "main" if f"{head}.head_module.4.weight" in tensors else "0.2.0"
-    return f"{head}.head_module.{_HEAD_LAYERS[layout]['output']}.weight"
+    return f"{head}.head_module.{_HEAD_LAYERS[_layout(tensors)]['output']}.weight"
+
+
+def _layout(tensors: Tensors) -> Layout:
+    return "main" if "head_rewards.head_module.4.weight" in tensors else "0.2.0"
 
 
 def _inferred_fields(tensors: Tensors) -> dict[str, Any]:
-    max_tokens, embed_dim = _shape(tensors, "pos_emb.weight")
+    embed_dim = _shape(tensors, "transformer.ln_f.weight")[0]
+    is_rotary = _POSITIONS not in tensors
     layers = {m[1] for name in tensors if (m := re.match(r"transformer\.blocks\.(\d+)\.", name))}
     output = _output_layer(tensors, "head_rewards")
     bins = _shape(tensors, output)[0]
@@ -241,9 +260,9 @@ def _inferred_fields(tensors: Tensors) -> dict[str, Any]:
         "embed_dim": embed_dim,
         "num_layers": len(layers),
         "num_actions": _shape(tensors, "act_embedding_table.weight")[0],
-        "max_tokens": max_tokens,
+        "max_tokens": None if is_rotary else _shape(tensors, _POSITIONS)[0],
         "support": (-(bins // 2), bins // 2),
-        "layout": "main" if output.endswith("4.weight") else "0.2.0",
+        "layout": _layout(tensors),
         "latent_norm": _norm_kind(tensors, f"{_LATENT_NORM}.weight"),
     }
     first = f"{_ENCODER}fc_representation.0.weight"

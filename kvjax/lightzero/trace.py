@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from kvjax.config import WorldModelConfig
+from kvjax.config import WindowMode, WorldModelConfig
 from kvjax.lightzero import archive, checkpoint
 from kvjax.types import Params
 
@@ -19,7 +19,6 @@ Array = np.ndarray[Any, Any]
 _INPUTS = ("action", "prev_latent", "latent", "timestep", "parent", "sim_action", "depth")
 _ANSWERS = ("policy_logits", "value_logits", "length")
 _SIMULATION_ANSWERS = ("reward_logits", "next_latent", "sim_policy_logits", "sim_value_logits")
-_MODES = {"rope": "rotary positions", "rebuild": "exact rebuild", "reset": "exact reset"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +61,10 @@ def read(path: str | Path) -> Trace:
     if not weights:
         raise ValueError(f"{path} holds no weights: it is no world-model trace")
     config, params = checkpoint.load(
-        weights, num_heads=described["heads"], context_length=described["ctx"]
+        weights,
+        num_heads=described["heads"],
+        context_length=described["ctx"],
+        window_mode=_window_mode(path, described),
     )
     trace = Trace(
         config=config,
@@ -82,12 +84,21 @@ def _read_description(path: Path, arrays: dict[str, Array]) -> dict[str, Any]:
     if found != "world model":
         raise ValueError(f"{path} is a trace of {found}, not of a world model")
     described = archive.read_config(path, arrays)
-    for mode, name in _MODES.items():
-        if described.get(mode):
-            raise ValueError(f"{path} needs {name} ({mode}), which is not supported yet")
     names = {"heads", "ctx", "envs", "steps", "sims", "source"}
     archive.check_fields(path, "config", described, names)
     return described
+
+
+def _window_mode(path: Path, described: dict[str, Any]) -> WindowMode:
+    modes: dict[str, WindowMode] = {
+        "rope": "rope_lightzero",
+        "rebuild": "rebuild",
+        "reset": "reset",
+    }
+    said = [name for name in modes if described.get(name)]
+    if len(said) > 1:
+        raise ValueError(f"{path}: {' and '.join(said)} exclude each other")
+    return modes[said[0]] if said else "learned"
 
 
 def _check_complete(path: Path, trace: Trace) -> None:
