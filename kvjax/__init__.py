@@ -2,6 +2,7 @@
 
 from kvjax import lightzero, ops
 from kvjax.config import SearchConfig, WindowConfig, WorldModelConfig
+from kvjax.dlpack import to_jax, to_torch
 from kvjax.inference import CacheMissError, initial_inference, recurrent_inference
 from kvjax.search import init_contexts, prepare, search
 from kvjax.store import init_store, stats
@@ -38,4 +39,6 @@ __all__ = [
     "recurrent_inference",
     "search",
     "stats",
+    "to_jax",
+    "to_torch",
 ]

@@ -7,7 +7,7 @@ import kvjax
 
 LAYERS = (
     ("config",),
-    ("types",),
+    ("types", "dlpack"),
     ("ops.window", "ops.position", "ops.attention", "ops.support", "ops.hashing"),
     ("ops", "statistics", "reference_tree"),
     ("pool",),  # storage stands below the model
