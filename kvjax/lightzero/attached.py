@@ -215,7 +215,7 @@ def _env_ids(wm: Any, count: int) -> list[int]:
 def _pads(bridge: Bridge, keys_values: Any) -> list[int]:
     """Empty slots before each row's first token."""
     batch = bridge.batch
-    if batch is None or caches.tensors(keys_values)[0] is not batch.views[0]:
+    if batch is None or not caches.holds(keys_values, batch):
         return []
     return [batch.size - length for length in batch.lengths]
 

@@ -168,6 +168,7 @@ class Bridge:
 
     def look_up(self, latent: Any, env_ids: Sequence[int], *, roots_only: bool) -> Batch:
         """Finds and aligns the windows of latents [B, 1, E]; torch owns what comes back."""
+        self.capacity(len(env_ids))
         rows = self._rows_of(env_ids)
         latent = self._latents(latent, rows.shape[1])
         store = self.scope.clean()

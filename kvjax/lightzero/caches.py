@@ -34,11 +34,12 @@ class Batch:
 def make_batch(memory: Any, lengths: list[int], sources: list[int]) -> Batch:
     """Views memory as the caches of its first `len(lengths)` rows."""
     layers, two, capacity, *rest = memory.shape
-    views = memory.view(layers * two, capacity, *rest).unbind(0)
-    rows = len(lengths)
+    flat, rows = memory.view(layers * two, capacity, *rest), len(lengths)
+    if rows < capacity:
+        flat = flat[:, :rows]
     return Batch(
         memory=memory,
-        views=views if rows == capacity else tuple(view[:rows] for view in views),
+        views=tuple(flat[index] for index in range(layers * two)),
         lengths=lengths,
         sources=sources,
     )
@@ -58,16 +59,23 @@ def tensors(keys_values: Any) -> list[Any]:
     return [c._cache for layer in layers for c in (layer._k_cache, layer._v_cache)]
 
 
+def holds(keys_values: Any, batch: Batch) -> bool:
+    """Whether a `KeysValues` is a batch's own memory; updates make new tensors of it."""
+    pairs = zip(tensors(keys_values), batch.views, strict=True)
+    return all(a is b or (a.data_ptr() == b.data_ptr() and a.shape == b.shape) for a, b in pairs)
+
+
 def memory_of(keys_values: Any, batch: Batch | None, capacity: int) -> Any:
     """The memory [L, 2, capacity, H, C, D] behind a `KeysValues`: shared if it holds `batch`.
 
     Raises:
       ValueError: the caches are not float32.
     """
-    held = tensors(keys_values)
-    if batch is not None and all(a is b for a, b in zip(held, batch.views, strict=True)):
+    if batch is not None and holds(keys_values, batch):
         return batch.memory
     import torch
+
+    held = tensors(keys_values)
 
     require(
         held[0].dtype is torch.float32,

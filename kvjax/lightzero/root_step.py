@@ -182,12 +182,13 @@ def fill_missed(wm: Any, batch: Batch, latent: Any, start_pos: Any) -> None:
     positions = np.asarray(start_pos).reshape(-1)
     positions = positions[missed] if len(positions) > 1 else positions.repeat(len(missed))
     alone = wm.transformer.generate_empty_keys_values(n=len(missed), max_tokens=wm.context_length)
-    wm.forward(
-        {"obs_embeddings": embeddings},
-        past_keys_values=alone,
-        is_init_infer=True,
-        start_pos=[int(position) for position in positions],
-    )
     last = batch.size - 1
-    for view, cache in zip(batch.views, caches.tensors(alone), strict=True):
-        view[missed, :, last] = cache[:, :, 0]
+    with torch.no_grad():
+        wm.forward(
+            {"obs_embeddings": embeddings},
+            past_keys_values=alone,
+            is_init_infer=True,
+            start_pos=[int(position) for position in positions],
+        )
+        for view, cache in zip(batch.views, caches.tensors(alone), strict=True):
+            view[missed, :, last] = cache[:, :, 0]
