@@ -335,6 +335,19 @@ def test_scopes_keep_contexts_apart():
         handle.stats("test")
 
 
+def test_first_steps_with_lists_of_another_size():
+    """What 0.2.0's evaluator leaves to a collector with more environments."""
+    torch = pytest.importorskip("torch")
+    model, twin, _ = pair()
+    observation = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
+    for last, action in ((torch.zeros(2, 4), [-1, -1]), (torch.zeros(6, 4), [-1] * 6)):
+        outputs = [
+            m.initial_inference(last[:4], action, observation, np.zeros(4, int)).value
+            for m in (model, twin)
+        ]
+        np.testing.assert_allclose(outputs[0], outputs[1], atol=TOLERANCE)
+
+
 def test_mixed_first_and_later_steps():
     """0.2.0 fails on them; split, each row must be as in a batch of its kind."""
     torch = pytest.importorskip("torch")

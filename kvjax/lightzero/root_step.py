@@ -56,6 +56,9 @@ def make_root_batch(
     """
     count = len(current)
     ids = list(range(count)) if env_ids is None else [int(env) for env in env_ids]
+    if len(action) < count and all(np.ndim(a) == 0 and int(a) == FIRST_STEP for a in action):
+        # A collector and an evaluator of other sizes share these lists between their episodes.
+        last, action = current, [FIRST_STEP] * count
     require(
         len(action) >= count and len(last) >= count and len(ids) == count,
         f"{count} rows need as many actions, last observations and environment ids, got"
