@@ -2,7 +2,7 @@
 
     python examples/train_masked_cartpole.py --output docs/training.png
 
-Runs LightZero 0.2.0's own `train_unizero` twice with the same seed and settings. The only difference
+Runs LightZero 0.2.0's own `train_unizero` twice with the same seed and settings. The difference
 is one line, `kvjax.lightzero.attach(world_model)`, and that collector and evaluator, which share
 one model, get a store each. A run ends when the evaluator's mean return reaches 195. Needs
 `pip install -e '.[lightzero]'`, LightZero 0.2.0, DI-engine, wandb and matplotlib; about six minutes

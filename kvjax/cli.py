@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_model_options(convert)
 
     bench = _command(commands, "bench", _bench, "measure speed as ratios in one run")
-    bench.add_argument("what", choices=("search", "ops"))
+    bench.add_argument("what", choices=("search", "ops", "bridge"))
     bench.add_argument("--only", default="", metavar="SUBSTRING", help="e.g. embed=64,envs=8")
     return parser
 
@@ -204,9 +204,9 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from kvjax.bench import ops, search
+    from kvjax.bench import bridge, ops, search
 
-    benchmark = {"search": search, "ops": ops}[args.what]
+    benchmark = {"search": search, "ops": ops, "bridge": bridge}[args.what]
     with _progress_bar() as bar:
         task = bar.add_task("measuring", total=1.0)
         result = benchmark.run(

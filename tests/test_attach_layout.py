@@ -90,9 +90,7 @@ def test_of_equal_latents_the_last_one_stays():
     store = layout.file(store, batch, latent, rows, zero, is_root=False)
     _, found, info = layout.look_up(store, latent[:1], rows[:, :1], roots_only=False)
     assert info[0, 0] == 3
-    np.testing.assert_array_equal(
-        np.transpose(found[:, :, 0], (3, 0, 1, 2, 4))[:3], kv[2, :3]
-    )
+    np.testing.assert_array_equal(np.transpose(found[:, :, 0], (3, 0, 1, 2, 4))[:3], kv[2, :3])
 
 
 def test_more_rows_than_slots():

@@ -31,7 +31,7 @@ LAYERS = (
     ("",),
     ("play", "verify", "bench.timing", "bench.lightzero_020"),
     ("bench",),
-    ("bench.search", "bench.ops"),
+    ("bench.search", "bench.ops", "bench.bridge"),
     ("cli",),
 )
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
