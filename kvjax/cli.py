@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_model_options(convert)
 
     bench = _command(commands, "bench", _bench, "measure speed as ratios in one run")
-    bench.add_argument("what", choices=("search", "ops", "exactness"))
+    bench.add_argument("what", choices=("search", "ops", "bridge", "exactness"))
     bench.add_argument("--only", default="", metavar="SUBSTRING", help="e.g. embed=64,envs=8")
     bench.add_argument("--plot", metavar="PATH", help="exactness: also draw the errors")
     return parser
@@ -222,11 +222,12 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from kvjax.bench import exactness, ops, search
+    from kvjax.bench import bridge, exactness, ops, search
 
     runs: dict[str, Callable[..., dict[str, Any]]] = {
         "search": search.run,
         "ops": ops.run,
+        "bridge": bridge.run,
         "exactness": functools.partial(exactness.run, plot=args.plot),
     }
     if args.plot and args.what != "exactness":
