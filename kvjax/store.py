@@ -204,12 +204,13 @@ def add_roots(
         store.roots, keys, env_id, _pack(window), priorities=priority, valid=valid
     )
     lost = slot == NO_SLOT if valid is None else valid & (slot == NO_SLOT)
-    store = _replace(store, roots=roots, latest=_with_latest(store, env_id, slot))
+    store = _replace(store, roots=roots, latest=with_latest(store, env_id, slot))
     store = _count(store, root_evictions=jnp.sum(evicted), not_stored=jnp.sum(lost))
     return store, _handle(store, roots, slot, 0)
 
 
-def _with_latest(store: Store, env_id: jax.Array, slot: jax.Array) -> jax.Array | None:
+def with_latest(store: Store, env_id: jax.Array, slot: jax.Array) -> jax.Array | None:
+    """`store.latest` after roots of environments [B] went to slots [B]; NO_SLOT changes nothing."""
     if store.latest is None:
         return None
     row = jnp.where(slot == NO_SLOT, num_envs(store), env_id)

@@ -431,7 +431,7 @@ def test_memory_does_not_grow():
         (lambda m: m.world_model.bfloat16(), "float32 model and caches, got bfloat16"),
         (lambda m: change(m, context_length=40), "position table of 39 rows, got 20"),
         (lambda m: change(m, num_observations_tokens=16), "1 token per observation, got 16"),
-        (lambda m: change(m, exact_kv_window_reset=True), "exact_kv_window_reset is not supported"),
+        (lambda m: change(m, exact_kv_window_reset=True), "has no _prepare_exact_cache_resets"),
     ],
 )
 def test_what_cannot_be_attached(spoil, message):

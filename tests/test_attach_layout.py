@@ -48,7 +48,7 @@ def test_filed_windows_are_slid_and_come_back_aligned(lengths, is_root):
         Window(jnp.asarray(kv), jnp.asarray(lengths)), jnp.asarray(correction)
     )
     aligned = windows.trim_and_pad(expected)
-    _, found, info = layout.look_up(store, latent, describe(lengths), roots_only=False)
+    _, found, info, _ = layout.look_up(store, latent, describe(lengths), roots_only=False)
     np.testing.assert_array_equal(info[0], expected.length)
     where = layout.IN_ROOTS if is_root else layout.IN_NODES
     np.testing.assert_array_equal(info[1], where)
@@ -68,13 +68,13 @@ def test_rows_that_miss_or_do_not_count():
     shifted = np.concatenate([shifted, batch[:, :, :, :, :2]], axis=4)
     store = layout.file(store, shifted, latent, rows, zero, is_root=False)
     latent[2] = 0
-    counters, found, info = layout.look_up(store, latent, rows, roots_only=False)
+    counters, found, info, _ = layout.look_up(store, latent, rows, roots_only=False)
     assert np.asarray(info).tolist() == [[3, 1, 1, 1, 1], [2, 0, 0, 2, 2]]
     assert not np.asarray(found)[:, :, 2].any()
     np.testing.assert_array_equal(found[:, :, 3, :, 2], batch[:, :, 3, :, 4])
     assert not np.asarray(found)[:, :, 3, :, :2].any()
     assert stores.stats(layout.with_counters(store, counters))["misses"] == 1
-    _, _, roots = layout.look_up(store, latent, rows, roots_only=True)
+    _, _, roots, _ = layout.look_up(store, latent, rows, roots_only=True)
     assert not np.asarray(roots[1]).any()
 
 
@@ -88,7 +88,7 @@ def test_of_equal_latents_the_last_one_stays():
     rows[layout.ENV] = 0
     zero = np.zeros((K, L, 2, H, D), np.float32)
     store = layout.file(store, batch, latent, rows, zero, is_root=False)
-    _, found, info = layout.look_up(store, latent[:1], rows[:, :1], roots_only=False)
+    _, found, info, _ = layout.look_up(store, latent[:1], rows[:, :1], roots_only=False)
     assert info[0, 0] == 3
     np.testing.assert_array_equal(np.transpose(found[:, :, 0], (3, 0, 1, 2, 4))[:3], kv[2, :3])
 
@@ -104,7 +104,7 @@ def test_more_rows_than_slots():
     rows[layout.ENV] = 0
     zero = np.zeros((K, L, 2, H, D), np.float32)
     store = layout.file(store, batch, latent, rows, zero, is_root=False)
-    _, _, info = layout.look_up(store, latent, rows, roots_only=False)
+    _, _, info, _ = layout.look_up(store, latent, rows, roots_only=False)
     assert np.asarray(info).tolist() == [[1, 5, 1, 5, 5], [0, 2, 2, 2, 2]]
     stats = stores.stats(store)
     assert (stats["nodes_stored"], stats["not_stored"], stats["node_evictions"]) == (4, 1, 1)

@@ -28,6 +28,7 @@ LAYERS = (
     ("lightzero.padding",),
     ("lightzero.caches",),
     ("lightzero.bridge", "lightzero.shadow"),
+    ("lightzero.exact",),
     ("lightzero.root_step",),
     ("lightzero.attached",),
     ("lightzero.attach",),

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import types
 import warnings
 
 import numpy as np
@@ -29,6 +30,45 @@ def make(**changes):
     """A model with random weights, the same for the same sizes."""
     with warnings.catch_warnings(action="ignore"):
         return copy.deepcopy(_built(tuple(sorted(changes.items()))))
+
+
+def with_exact_windows(model, flag):
+    """Makes a model compute full windows anew, with the names that LightZero main has for that."""
+    import torch
+
+    class ExactWindows(type(model.world_model)):
+        def forward(self, tokens, past_keys_values=None, *args, **options):
+            if "search_depth" in options and self.rebuild_kv_window_from_tokens:
+                ((name, raw),) = tokens.items()
+                raw = self.act_embedding_table(raw) if name == "act_tokens" else raw
+                self._append_inference_token_context(raw)
+            return super().forward(tokens, past_keys_values, *args, **options)
+
+        def _append_inference_token_context(self, raw):
+            pairs = zip(self.keys_values_wm_token_context_list, raw, strict=True)
+            joined = [torch.cat([old, new.reshape(-1, new.shape[-1])]) for old, new in pairs]
+            self.keys_values_wm_token_context_list = joined
+
+        def _prepare_exact_cache_resets(self, latent, lengths):
+            full = [row for row, length in enumerate(lengths) if length >= self.context_length - 1]
+            if not full:
+                return types.SimpleNamespace(cache=None, offsets={}, retained_contexts={})
+            kept = latent[full]
+            if self.rebuild_kv_window_from_tokens:
+                tokens = self.keys_values_wm_token_context_list
+                assert len(tokens) == len(latent)
+                kept = torch.stack([tokens[row][3 - self.context_length :] for row in full])
+            size = {"n": len(full), "max_tokens": self.context_length}
+            cache = self.transformer.generate_empty_keys_values(**size)
+            self.transformer(kept + self.pos_emb.weight[: kept.shape[1]], past_keys_values=cache)
+            offsets = {row: offset for offset, row in enumerate(full)}
+            return types.SimpleNamespace(cache=cache, offsets=offsets, retained_contexts={})
+
+    wm = model.world_model
+    wm.__class__ = ExactWindows
+    wm.exact_kv_window_reset = wm.rebuild_kv_window_from_tokens = False
+    setattr(wm, flag, True)
+    return model
 
 
 class Driver:

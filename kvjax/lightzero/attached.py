@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from kvjax.lightzero import caches, root_step
+from kvjax.lightzero import caches, exact, root_step
 from kvjax.lightzero.bridge import Bridge
 from kvjax.lightzero.padding import masked
 from kvjax.lightzero.shadow import Shadow
@@ -193,7 +193,12 @@ class AttachedMethods(_WorldModel):  # type: ignore[misc]
             if lengths is None or not (bridge.mask_padding or bridge.description.masks_padding):
                 lengths = [keys_values.size] * count
         memory = caches.memory_of(keys_values, bridge.batch, bridge.capacity(count))
-        bridge.file(memory, lengths, latent_state, ids, is_root=is_init_infer)
+        tokens = None
+        if bridge.description.exact:
+            exact.renew_full_rows(self, memory, latent_state, lengths)
+        if bridge.description.keeps_tokens:
+            tokens = self.keys_values_wm_token_context_list
+        bridge.file(memory, lengths, latent_state, ids, tokens, is_root=is_init_infer)
         if state.shadow.mode:
             with state.original_code():
                 original()

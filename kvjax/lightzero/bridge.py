@@ -41,24 +41,28 @@ class Scope:
         self.store: Store = jax.device_put(store)
         self.stale_roots = np.zeros(description.num_envs, bool)
         self.stale_nodes = False
+        # Environments whose newest root was made with older weights and can be computed again.
+        self.outdated = np.zeros(description.num_envs, bool)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Scope":
         # A store is donated by whoever writes to it: two owners cannot share one.
         twin = copy.copy(self)
         twin.store = jax.tree.map(jnp.copy, self.store)
-        twin.stale_roots = self.stale_roots.copy()
+        twin.stale_roots, twin.outdated = self.stale_roots.copy(), self.outdated.copy()
         return twin
 
     def clean(self) -> Store:
         """Forgets what is stale and returns the store."""
         if self.stale_nodes or self.stale_roots.any():
             self.store = layout.clear(self.store, self.stale_roots, np.bool_(self.stale_nodes))
+            self.outdated &= ~self.stale_roots
             self.stale_roots[:], self.stale_nodes = False, False
         return self.store
 
     def new_epoch(self) -> None:
-        """Forgets everything because the weights changed."""
+        """Forgets everything but raw tokens because the weights changed."""
         self.store = layout.new_epoch(self.store)
+        self.outdated[:] = self.store.latest is not None
 
 
 class Bridge:
@@ -130,7 +134,7 @@ class Bridge:
         self._watched = module.correction_weights(wm, self.description)
         self._versions = module.versions(self._watched)
         self._seen = self._fingerprint(wm)
-        error = module.table_error(wm, correction)
+        error = module.table_error(wm, correction) if self._watched else 0.0
         if error and not self._warned:
             self._warned = True
             warnings.warn(
@@ -172,10 +176,11 @@ class Bridge:
         rows = self._rows_of(env_ids)
         latent = self._latents(latent, rows.shape[1])
         store = self.scope.clean()
-        counters, memory, info = layout.look_up(store, latent, rows, roots_only=roots_only)
+        counters, memory, info, raw = layout.look_up(store, latent, rows, roots_only=roots_only)
         self.scope.store = layout.with_counters(store, counters)
         lengths, sources = np.asarray(info)[:, : len(env_ids)].tolist()
-        self.batch = make_batch(dlpack.hand_over(memory), lengths, sources)
+        tokens = None if raw is None else _unpad(raw, lengths)
+        self.batch = make_batch(dlpack.hand_over(memory), lengths, sources, tokens)
         return self.batch
 
     def peek(self, latent: Any, env_ids: Sequence[int], *, roots_only: bool) -> Batch:
@@ -192,17 +197,31 @@ class Bridge:
         lengths: Sequence[int],
         latent: Any,
         env_ids: Sequence[int],
+        tokens: Sequence[Any] | None = None,
         *,
         is_root: bool,
     ) -> None:
-        """Stores the windows in a batch's memory under latents [B, 1, E], and waits until done."""
+        """Stores the windows in a batch's memory under latents [B, 1, E], and waits until done.
+
+        `tokens` are the raw ones of each row, [length, E] tensors, where they are kept.
+        """
         rows = self._rows_of(env_ids).copy()
         rows[layout.LENGTH, : len(env_ids)] = lengths
         latent = self._latents(latent, rows.shape[1])
-        scope = self.scope
+        scope, kept = self.scope, self.description.kept
+        raw = None if tokens is None else _padded(tokens, kept, rows.shape[1])
         scope.store = layout.file(
-            scope.clean(), _lend(memory), latent, rows, self._correction, is_root=is_root
+            scope.clean(),
+            _lend(memory),
+            latent,
+            rows,
+            self._correction,
+            raw,
+            is_root=is_root,
+            keep=kept,
         )
+        if is_root:
+            scope.outdated[list(env_ids)] = False
         # One computation: when one of its results is there it no longer reads what torch lent.
         scope.store.counters.block_until_ready()
 
@@ -249,6 +268,23 @@ class Bridge:
         name = scope or self._active or DEFAULT_SCOPE
         require(name in self._scopes, f"no scope {name!r}, there are {', '.join(self._scopes)}")
         return stores.stats(self._scopes[name].clean())
+
+
+def _unpad(raw: jax.Array, lengths: list[int]) -> list[Any]:
+    """Raw tokens [B', K, E] as a tensor [length, E] per row."""
+    import torch
+
+    rows = torch.tensor(np.asarray(raw))  # a copy: what jax owns is not to be written to
+    return [row[:length] for row, length in zip(rows, lengths, strict=False)]
+
+
+def _padded(tokens: Sequence[Any], kept: int, capacity: int) -> Array:
+    """The last `kept` raw tokens of each row, zeros behind them: [B', kept, E]."""
+    raw = np.zeros((capacity, kept, tokens[0].shape[-1]), np.float32)
+    for row, sequence in zip(raw, tokens, strict=False):
+        last = sequence[-kept:].detach().cpu().numpy()
+        row[: len(last)] = last
+    return raw
 
 
 def _lend(memory: Any) -> Any:

@@ -19,6 +19,7 @@ class Batch:
     views: tuple[Any, ...]  # 2 L tensors [B, H, C, D], keys and values of each layer in turn
     lengths: list[int]  # of each row, in tokens
     sources: list[int]  # where each row was found, see `kvjax.lightzero.layout`
+    tokens: list[Any] | None = None  # raw ones of each row [length, E], where they are kept
 
     @property
     def size(self) -> int:
@@ -31,7 +32,9 @@ class Batch:
         return sum(source > 0 for source in self.sources)
 
 
-def make_batch(memory: Any, lengths: list[int], sources: list[int]) -> Batch:
+def make_batch(
+    memory: Any, lengths: list[int], sources: list[int], tokens: list[Any] | None = None
+) -> Batch:
     """Views memory as the caches of its first `len(lengths)` rows."""
     layers, two, capacity, *rest = memory.shape
     flat, rows = memory.view(layers * two, capacity, *rest), len(lengths)
@@ -42,6 +45,7 @@ def make_batch(memory: Any, lengths: list[int], sources: list[int]) -> Batch:
         views=tuple(flat[index] for index in range(layers * two)),
         lengths=lengths,
         sources=sources,
+        tokens=tokens,
     )
 
 

@@ -34,7 +34,7 @@ _replace = dataclasses.replace
 @functools.partial(jax.jit, static_argnames=("roots_only",))
 def look_up(
     store: Store, latent: jax.Array, rows: jax.Array, *, roots_only: bool
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
     """Finds windows and aligns them on the longest one, as `kvjax.ops.window.trim_and_pad` does.
 
     A row that is not found gets one empty slot, for the token that its caller will put there.
@@ -50,8 +50,8 @@ def look_up(
       roots_only: as at root steps.
 
     Returns:
-      The store's counters, with this look-up counted; `batch`; and [2, B] int32: each row's length
-      and where it was found.
+      The store's counters, with this look-up counted; `batch`; [2, B] int32: each row's length and
+      where it was found; raw tokens of what was found [B, K, E], None if the store keeps none.
     """
     env_id, valid = rows[ENV], rows[VALID] > 0
     keys = stores.latent_keys(store, latent, env_id)
@@ -65,7 +65,15 @@ def look_up(
     batch = _aligned_batch(store, found, length, pad)
     store = stores.count_lookups(store, found, valid, roots_only=roots_only)
     store = stores.count_padding(store, length, valid)
-    return store.counters, batch, jnp.stack([length, where])
+    return store.counters, batch, jnp.stack([length, where]), _raw_tokens(store, found)
+
+
+def _raw_tokens(store: Store, found: stores.Found) -> jax.Array | None:
+    if store.latest is None:
+        return None
+    in_root = (found.root != NO_SLOT)[:, None, None]
+    roots, nodes = (jnp.asarray(pool.entries.raw) for pool in (store.roots, store.nodes))
+    return jnp.where(in_root, roots[found.root], nodes[found.node])
 
 
 def _aligned_batch(
@@ -106,15 +114,17 @@ def _take_aligned(pool: Pool, slot: jax.Array, length: jax.Array, pad: jax.Array
     return jnp.transpose(taken, (2, 3, 0, 4, 1, 5))
 
 
-@functools.partial(jax.jit, static_argnames=("is_root",), donate_argnames=("store",))
+@functools.partial(jax.jit, static_argnames=("is_root", "keep"), donate_argnames=("store",))
 def file(
     store: Store,
     batch: jax.Array,
     latent: jax.Array,
     rows: jax.Array,
     correction: jax.Array,
+    raw: jax.Array | None = None,
     *,
     is_root: bool,
+    keep: int | None = None,
 ) -> Store:
     """Undoes the alignment, slides windows that are full and stores them under their latents.
 
@@ -127,7 +137,9 @@ def file(
       latent: [B, E] float32.
       rows: [3, B] int32, see `ENV`; lengths in tokens, at most C - 1.
       correction: [K, L, 2, H, D] of `kvjax.ops.window.slide`, zeros if there is none.
+      raw: [B, K, E] raw tokens, zeros behind a row's last one; None if the store keeps none.
       is_root: whether these are root windows.
+      keep: how many of its last tokens a full window keeps, K by default.
     """
     env_id, length, valid = rows[ENV], rows[LENGTH], rows[VALID] > 0
     keys = stores.latent_keys(store, latent, env_id)
@@ -135,13 +147,16 @@ def file(
     # Slots first, windows after: each is read from the batch and written into its slot at once.
     filed, slot, evicted = pools.add(_replace(pool, entries=()), keys, segment, (), valid=valid)
     pad = jnp.max(jnp.where(valid, length, 0)) - length
-    entries = _write(pool.entries, batch, slot, length, pad, correction)
+    keep = correction.shape[0] if keep is None else keep
+    entries = _write(pool.entries, batch, slot, length, pad, correction, raw, keep)
     filed = _replace(filed, entries=entries)
     evictions = {"root_evictions" if is_root else "node_evictions": jnp.sum(evicted)}
     lost = jnp.sum(valid & (slot == NO_SLOT))
     counters = statistics.add(store.counters, not_stored=lost, **evictions)
     store = _replace(store, counters=counters)
-    return _replace(store, roots=filed) if is_root else _replace(store, nodes=filed)
+    if not is_root:
+        return _replace(store, nodes=filed)
+    return _replace(store, roots=filed, latest=stores.with_latest(store, env_id, slot))
 
 
 def _write(
@@ -151,12 +166,14 @@ def _write(
     length: jax.Array,
     pad: jax.Array,
     correction: jax.Array,
+    raw: jax.Array | None,
+    keep: int,
 ) -> Window:
     """Writes each row's window into its slot; of rows that share a slot the last one stays."""
     capacity, stored = batch.shape[4], correction.shape[0]
     slides = length >= capacity - 1
-    kept = jnp.where(slides, stored, length)
-    first = pad + BLOCK * slides
+    kept = jnp.where(slides, keep, length)
+    first = pad + (length - keep) * slides
     row = jnp.arange(slot.shape[0])
     written = ~jnp.any((slot[:, None] == slot) & (row[:, None] < row), axis=1) & (slot != NO_SLOT)
     overhangs = written & (first + stored > capacity)
@@ -179,7 +196,9 @@ def _write(
         direct, total, lambda i, table: write(order[i], table, shift=True), table
     )
     place = jnp.where(written, slot, entries.length.shape[0])
-    return Window(kv=table, length=entries.length.at[place].set(kept, mode="drop"))
+    if raw is not None:
+        raw = jnp.asarray(entries.raw).at[place].set(raw, mode="drop")
+    return Window(table, entries.length.at[place].set(kept, mode="drop"), raw)
 
 
 def _read(
@@ -202,7 +221,8 @@ def clear(store: Store, roots: jax.Array, nodes: jax.Array) -> Store:
     """Forgets the roots of chosen environments [P] bool and, if `nodes` [] bool, all nodes."""
     cleared = pools.clear(store.roots).segments
     segments = jnp.where(roots[:, None], cleared, store.roots.segments)
-    store = _replace(store, roots=_replace(store.roots, segments=segments))
+    latest = None if store.latest is None else jnp.where(roots, NO_SLOT, store.latest)
+    store = _replace(store, roots=_replace(store.roots, segments=segments), latest=latest)
     return stores.clear_nodes(store, when=nodes)
 
 
@@ -210,6 +230,21 @@ def clear(store: Store, roots: jax.Array, nodes: jax.Array) -> Store:
 def new_epoch(store: Store) -> Store:
     """`kvjax.store.new_epoch` in one call."""
     return stores.new_epoch(store)
+
+
+@jax.jit
+def latest_tokens(store: Store, env_id: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """An environment's newest root, also across `new_epoch`: raw tokens [K, E] and how many."""
+    slot = jnp.asarray(store.latest)[env_id]
+    entries = store.roots.entries
+    length = jnp.where(slot == NO_SLOT, 0, entries.length[slot])
+    return jnp.asarray(entries.raw)[slot], length
+
+
+@functools.partial(jax.jit, donate_argnames=("store",))
+def count_rebuilt(store: Store) -> Store:
+    """Counts one window that was computed again after a miss."""
+    return stores.count_rebuilt(store, jnp.ones(1, bool))
 
 
 def with_counters(store: Store, counters: jax.Array) -> Store:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from kvjax.config import BLOCK, MIN_CONTEXT, WorldModelConfig, require
+from kvjax.config import BLOCK, MIN_CONTEXT, WindowMode, WorldModelConfig, require
 from kvjax.dlpack import require_shared_device
 
 Array = np.ndarray[Any, Any]
@@ -24,8 +24,10 @@ REPLACED = (
 )
 """The methods that an attached model leaves to kvjax."""
 
+RENEWS = "_prepare_exact_cache_resets"
+"""Main's method that computes what a full window keeps anew."""
+
 _NEEDED = (*REPLACED, "clear_caches", "transformer", "keys_values_wm", "context_length", "env_num")
-_EXACT_WINDOWS = ("exact_kv_window_reset", "rebuild_kv_window_from_tokens")
 _TABLE_TOLERANCE = 1e-4
 _SAMPLES = 4
 
@@ -43,6 +45,21 @@ class Description:
     masks_padding: bool  # main does, 0.2.0 attends to it
     takes_env_ids: bool  # main names the environments of its rows
     continuous: bool
+
+    @property
+    def exact(self) -> bool:
+        """Whether the module itself computes what a full window keeps, as main can."""
+        return self.config.window_mode in ("reset", "rebuild")
+
+    @property
+    def kept(self) -> int:
+        """Tokens that a full window keeps."""
+        return 1 if self.config.window_mode == "reset" else self.config.window.kept_length
+
+    @property
+    def keeps_tokens(self) -> bool:
+        """Whether raw tokens are kept beside keys and values."""
+        return self.config.window.raw_size is not None
 
     @property
     def cache_shape(self) -> tuple[int, int, int, int, int]:
@@ -107,8 +124,10 @@ def _refuse_variants(wm: Any) -> None:
     )
     tokens = getattr(wm, "num_observations_tokens", 1)
     require(tokens == 1, f"expected 1 token per observation, got {tokens}")
-    for name in _EXACT_WINDOWS:
-        require(not getattr(wm, name, False), f"{name} is not supported: switch it off")
+    require(
+        _window_mode(wm) == "learned" or hasattr(wm, RENEWS),
+        f"exact windows need a model that computes them: {type(wm).__name__} has no {RENEWS}",
+    )
     for name in REPLACED:
         parameters = inspect.signature(getattr(wm, name)).parameters
         require("task_id" not in parameters, f"multi-task models are not supported ({name})")
@@ -124,16 +143,26 @@ def _config(wm: Any, length: int) -> WorldModelConfig:
         max_tokens=length,
         encoder_norm="layernorm",
         latent_norm="layernorm",
+        window_mode=_window_mode(wm),
     )
 
 
+def _window_mode(wm: Any) -> WindowMode:
+    if getattr(wm, "exact_kv_window_reset", False):
+        return "reset"
+    return "rebuild" if getattr(wm, "rebuild_kv_window_from_tokens", False) else "learned"
+
+
 def slide_correction(wm: Any, description: Description) -> Array:
-    """What a slide adds, from the weights as they are now: [K, L, 2, H, D], zeros with RoPE."""
+    """What a slide adds, from the weights as they are now: [K, L, 2, H, D].
+
+    Zeros with RoPE and where the module computes windows anew.
+    """
     import torch
 
     layers, two, heads, length, size = description.cache_shape
     kept = length - 1 - BLOCK
-    if description.rotary:
+    if description.rotary or description.exact:
         return np.zeros((kept, layers, two, heads, size), np.float32)
     with torch.no_grad():
         table = wm.pos_emb.weight[: length - 1]
@@ -166,7 +195,7 @@ def _only_entry(tables: dict[Any, Any]) -> Array:
 
 def correction_weights(wm: Any, description: Description) -> list[Any]:
     """The parameters that `slide_correction` reads."""
-    if description.rotary:
+    if description.rotary or description.exact:
         return []
     layers = [layer for b in wm.transformer.blocks for layer in (b.attn.key, b.attn.value)]
     return [wm.pos_emb.weight, *(p for layer in layers for p in layer.parameters())]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from kvjax.config import require
-from kvjax.lightzero import caches
+from kvjax.lightzero import caches, exact
 from kvjax.lightzero.bridge import Bridge
 from kvjax.lightzero.caches import Batch, Rows, make_batch
 from kvjax.lightzero.shadow import Shadow
@@ -117,6 +117,8 @@ def _start(wm: Any, bridge: Bridge, batch: RootBatch) -> Any:
         is_init_infer=True,
         start_pos=batch.start_pos,
     )
+    if bridge.description.keeps_tokens:
+        wm.keys_values_wm_token_context_list = list(batch.current.detach())
     wm.update_cache_context(batch.current, is_init_infer=True, env_ids=batch.env_ids)
     return outputs
 
@@ -128,12 +130,18 @@ def _continue(wm: Any, bridge: Bridge, shadow: Shadow, batch: RootBatch) -> Any:
     found = bridge.look_up(batch.last, batch.env_ids, roots_only=True)
     wm.root_total_query_cnt += len(found.lengths)
     wm.root_hit_cnt += found.hits
+    if exact.recall(wm, bridge, found, batch.last, batch.env_ids):
+        found = bridge.peek(batch.last, batch.env_ids, roots_only=True)
+        bridge.batch = found
     fill_missed(wm, found, batch.last, batch.start_pos)
     if shadow.mode:
         shadow.compare_roots(wm, found, batch.last, batch.env_ids)
     hold(wm, found)
     wm.keys_values_wm_size_list_current = wm.trim_and_pad_kv_cache(is_init_infer=True)
     actions = torch.from_numpy(np.asarray(batch.action)).to(batch.last.device).unsqueeze(1)
+    if bridge.description.keeps_tokens:
+        wm._append_inference_token_context(wm.act_embedding_table(actions.squeeze(1)))
+        wm._append_inference_token_context(batch.current)
     _push(wm, bridge, {"act_tokens": actions}, batch.start_pos)
     outputs = _push(wm, bridge, {"obs_embeddings": batch.current}, batch.start_pos)
     # 0.2.0 takes the padding of a batch for context.
@@ -166,6 +174,8 @@ def hold(wm: Any, batch: Batch) -> None:
     empty = wm.transformer.generate_empty_keys_values
     wm.keys_values_wm_list = Rows(batch, lambda: empty(n=1, max_tokens=length))
     wm.keys_values_wm_size_list = list(batch.lengths)
+    if batch.tokens is not None:
+        wm.keys_values_wm_token_context_list = [x.to(batch.memory.device) for x in batch.tokens]
 
 
 def fill_missed(wm: Any, batch: Batch, latent: Any, start_pos: Any) -> None:
@@ -195,3 +205,6 @@ def fill_missed(wm: Any, batch: Batch, latent: Any, start_pos: Any) -> None:
         )
         for view, cache in zip(batch.views, caches.tensors(alone), strict=True):
             view[missed, :, last] = cache[:, :, 0]
+    if batch.tokens is not None:
+        for row, embedding in zip(missed, embeddings, strict=True):
+            batch.tokens[row] = embedding
