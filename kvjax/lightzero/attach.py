@@ -38,8 +38,10 @@ def attach(
     LightZero's own caches at run time, `True` to kvjax's; both start without context.
 
     Weights may change: entries made with other weights are dropped when that is noticed, at the
-    latest at the next root step. Copies by `copy.deepcopy` are attached too, independently.
-    Reanalysis is left to LightZero, which looks nothing up there.
+    latest at the next root step. Where a model keeps raw tokens (main's
+    `rebuild_kv_window_from_tokens`) it computes each environment's newest context again at its next
+    root miss; LightZero's `clear_caches` forgets raw tokens too. Copies by `copy.deepcopy` are
+    attached too, independently. Reanalysis is left to LightZero, which looks nothing up there.
 
     Args:
       world_model: LightZero's `WorldModel` (`model.world_model`), release 0.2.0 or main, float32.
@@ -118,7 +120,10 @@ class Handle:
         return state_of(self._module()).bridge.use(name)
 
     def on_params_update(self) -> None:
-        """Says that the weights changed: drops all entries and computes the correction anew."""
+        """Says that the weights changed: drops all entries and computes the correction anew.
+
+        Raw tokens stay, see `attach`.
+        """
         wm = self._module()
         state_of(wm).bridge.on_params_update(wm)
 

@@ -55,7 +55,6 @@ class Scope:
         """Forgets what is stale and returns the store."""
         if self.stale_nodes or self.stale_roots.any():
             self.store = layout.clear(self.store, self.stale_roots, np.bool_(self.stale_nodes))
-            self.outdated &= ~self.stale_roots
             self.stale_roots[:], self.stale_nodes = False, False
         return self.store
 
