@@ -2,9 +2,12 @@
 
 from kvjax import lightzero, ops
 from kvjax.config import SearchConfig, WindowConfig, WorldModelConfig
+from kvjax.contexts import init_contexts, replay
 from kvjax.dlpack import to_jax, to_torch
 from kvjax.inference import CacheMissError, initial_inference, recurrent_inference
-from kvjax.search import init_contexts, prepare, search
+from kvjax.params_update import on_params_update
+from kvjax.rollout import rollout
+from kvjax.search import prepare, search
 from kvjax.store import init_store, stats
 from kvjax.types import (
     AlignedWindow,
@@ -34,9 +37,12 @@ __all__ = [
     "init_store",
     "initial_inference",
     "lightzero",
+    "on_params_update",
     "ops",
     "prepare",
     "recurrent_inference",
+    "replay",
+    "rollout",
     "search",
     "stats",
     "to_jax",

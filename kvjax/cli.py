@@ -5,7 +5,7 @@ import dataclasses
 import json
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from kvjax import checkpoint
+from kvjax.agent import read_agent
 from kvjax.checkpoint import Checkpoint
-from kvjax.config import EnvironmentConfig, SearchConfig
+from kvjax.config import WINDOW_MODES, EnvironmentConfig, SearchConfig
 from kvjax.planner import ROUTES
 
 DEFAULT_AGENT = "cartpole_masked"
@@ -65,7 +66,15 @@ def _parser() -> argparse.ArgumentParser:
     verify = _command(commands, "verify", _verify, "replay a recorded LightZero trace")
     verify.add_argument("trace", metavar="TRACE.npz")
     verify.add_argument("--route", choices=ROUTES, default="tree")
-    verify.add_argument("--tolerance", type=float, default=1e-4, help="largest absolute error")
+    verify.add_argument(
+        "--tolerance",
+        type=float,
+        help="largest error: absolute of a model's answers (1e-4), relative of root values"
+        " (1e-5 of trees, 1e-4 of episodes)",
+    )
+    verify.add_argument(
+        "--checkpoint", help="who played an episode trace (default: the shipped agent that did)"
+    )
 
     convert = _command(commands, "convert", _convert, "write a LightZero checkpoint as safetensors")
     convert.add_argument("checkpoint", metavar="CKPT")
@@ -91,6 +100,9 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("what a LightZero file does not tell")
     model.add_argument("--num-heads", type=int)
     model.add_argument("--context-length", type=int, help="tokens")
+    model.add_argument(
+        "--window-mode", choices=WINDOW_MODES, help="what a full window does, and rotary positions"
+    )
     model.add_argument("--env", help="Gymnasium environment")
     model.add_argument(
         "--observation-scale", type=_numbers, metavar="X,X,...", help="factors of the observation"
@@ -103,20 +115,12 @@ def _numbers(text: str) -> tuple[float, ...]:
 
 def _read_agent(args: argparse.Namespace) -> tuple[Checkpoint, tuple[str, ...]]:
     """Reads a shipped, kvjax or LightZero checkpoint; also names the tensors left out."""
-    source = checkpoint.shipped().get(args.checkpoint, Path(args.checkpoint))
-    given = {"num_heads": args.num_heads, "context_length": args.context_length}
-    ignored: tuple[str, ...] = ()
-    if source.suffix == checkpoint.SUFFIX:
-        agent = checkpoint.load(source)
-        for name, value in given.items():
-            stored = getattr(agent.config, name)
-            if value not in (None, stored):
-                raise ValueError(f"{source} was converted with {name} {stored}, got {value}")
-    else:
-        from kvjax.lightzero.checkpoint import read
-
-        imported = read(source, **given)
-        agent, ignored = Checkpoint(imported.config, imported.params), imported.ignored
+    agent, ignored = read_agent(
+        args.checkpoint,
+        num_heads=args.num_heads,
+        context_length=args.context_length,
+        window_mode=args.window_mode,
+    )
     return dataclasses.replace(agent, environment=_environment(args, agent)), ignored
 
 
@@ -179,16 +183,28 @@ def _play(args: argparse.Namespace) -> int:
 def _verify(args: argparse.Namespace) -> int:
     from kvjax.verify import verify
 
-    report = verify(args.trace, route=args.route, tolerance=args.tolerance)
+    report = verify(args.trace, route=args.route, tolerance=args.tolerance, agent=args.checkpoint)
+    fields = report.as_json()
     if args.json:
-        _print_json(report.as_json())
+        _print_json(fields)
     else:
-        rows = {name: f"{error:.2e}" for name, error in report.max_abs_error.items()}
-        rows["length mismatches"] = str(report.length_mismatches)
-        rows["steps, simulations"] = f"{report.steps}, {report.simulations}"
-        rows["verdict"] = f"{'within' if report.ok else 'NOT within'} {args.tolerance:g}"
-        _print_table(f"kvjax verify {Path(args.trace).name}: largest absolute error", rows)
+        del fields["trace"]
+        verdict = {"verdict": "within tolerance" if fields.pop("ok") else "NOT within tolerance"}
+        rows = dict(_flat("", fields)) | verdict
+        _print_table(f"kvjax verify {Path(args.trace).name}", rows)
     return 0 if report.ok else 1
+
+
+def _flat(name: str, value: Any) -> Iterator[tuple[str, str]]:
+    """Rows of a table: names and texts of nested fields."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _flat(f"{name}, {key}" if name else key.replace("_", " "), inner)
+    elif isinstance(value, list | tuple):
+        for index, inner in enumerate(value):
+            yield from _flat(f"{name} {index}", inner)
+    else:
+        yield name, f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _convert(args: argparse.Namespace) -> int:

@@ -9,12 +9,24 @@ BLOCK = 2
 MIN_CONTEXT = 2 * BLOCK
 """The smallest context that still holds a block after a slide."""
 
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "bfloat16", "float64")
+
+WindowMode = Literal["learned", "rope_lightzero", "rope_consistent", "rebuild", "reset"]
+WINDOW_MODES = ("learned", "rope_lightzero", "rope_consistent", "rebuild", "reset")
+
+MAX_SIMULATIONS = 2**24 - 1
+"""A tree holds no more: its node indices are exact in float32."""
 
 Tree = Literal["lightzero", "muzero", "gumbel"]
 TREES = ("lightzero", "muzero", "gumbel")
 Layout = Literal["0.2.0", "main"]
 Norm = Literal["simnorm", "layernorm"]
+
+POOLED_SIDES = (84, 96)
+"""Sides of images that the encoder pools once more than others, to the same feature plane."""
+
+IMAGE_SIDES = (64, *POOLED_SIDES)
+"""Sides in pixels of the square images that LightZero's encoder takes."""
 
 
 def require(condition: bool, message: str) -> None:
@@ -40,9 +52,12 @@ def require_one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
 class WindowConfig:
     """Shape of one context window of key/value tokens.
 
+    `raw_size` is the width of the raw tokens (before positions and layers) that are kept beside
+    keys and values, so that these can be computed again; None keeps none.
+
     Raises:
       ValueError: a size is not a positive integer, `context_length` is odd or below 4, or the
-        dtype is neither float32 nor bfloat16.
+        dtype is none of `DTYPES`.
     """
 
     context_length: int  # C, tokens
@@ -50,9 +65,12 @@ class WindowConfig:
     num_heads: int  # H
     head_dim: int  # D
     dtype: str = "float32"
+    raw_size: int | None = None
 
     def __post_init__(self) -> None:
         require_positive(self, "context_length", "num_layers", "num_heads", "head_dim")
+        if self.raw_size is not None:
+            require_positive(self, "raw_size")
         length = self.context_length
         require(
             length % BLOCK == 0,
@@ -84,15 +102,28 @@ class WindowConfig:
 
 @dataclasses.dataclass(frozen=True)
 class WorldModelConfig:
-    """Shape and variant of a UniZero world model with learned absolute positions.
+    """Shape and variant of a UniZero world model.
 
-    `observation_size` None means that the model has no encoder: observations are latents.
+    `observation_size` is for vectors, `image_shape` for images; with neither the model has no
+    encoder: observations are latents.
     `layout` names the release whose heads the model has; `encoder_norm` and `latent_norm` say how
     the encoder and the observation head end.
 
+    `window_mode` says what positions are and what happens when a window has reached C - 1 tokens:
+
+    * "learned": absolute positions from a table. The oldest block is dropped, and what is kept is
+      moved to its new positions by a correction, which is an approximation.
+    * "rebuild": the same positions; what is kept is computed again from its raw tokens.
+    * "reset": the same positions; only the latest latent is kept.
+    * "rope_lightzero", "rope_consistent": rotary positions. The oldest block is dropped, the rest
+      stays as it is. LightZero leaves a gap of two positions between a root and what is imagined
+      from it; "rope_consistent" leaves none.
+
     Raises:
       ValueError: a size is not positive, heads do not divide the width, the SimNorm groups do not
-        divide the width, the support is empty, or the window is invalid (see `WindowConfig`).
+        divide the width, the support is empty, the observation is both vector and image or an image
+        of an unknown side, the window is invalid (see `WindowConfig`); a rotary model with a
+        position table, an odd head size, or a table-bound model without one.
     """
 
     embed_dim: int  # E
@@ -100,7 +131,7 @@ class WorldModelConfig:
     num_heads: int  # H
     num_actions: int  # A
     context_length: int  # C, tokens
-    max_tokens: int  # rows of the learned position table
+    max_tokens: int | None  # rows of the learned position table; None for rotary positions
     observation_size: int | None = None
     support: tuple[int, int] = (-50, 50)  # first and last bin, S = last - first + 1 bins
     layout: Layout = "0.2.0"
@@ -108,9 +139,14 @@ class WorldModelConfig:
     latent_norm: Norm = "simnorm"
     simnorm_group: int = 8
     dtype: str = "float32"  # of the stored window
+    window_mode: WindowMode = "learned"
+    rope_theta: float = 10000.0
+    image_shape: tuple[int, int, int] | None = None  # channels, height, width
+    image_channels: int = 64  # of the image encoder's feature planes
+    image_blocks: int = 1  # residual blocks behind the image encoder's last pooling
 
     def __post_init__(self) -> None:
-        sizes = ("embed_dim", "num_layers", "num_heads", "num_actions", "max_tokens")
+        sizes = ("embed_dim", "num_layers", "num_heads", "num_actions")
         require_positive(self, *sizes, "simnorm_group")
         require(
             self.embed_dim % self.num_heads == 0,
@@ -118,6 +154,8 @@ class WorldModelConfig:
         )
         if self.observation_size is not None:
             require_positive(self, "observation_size")
+        if self.image_shape is not None:
+            self._check_image(self.image_shape)
         first, last = self.support
         require(first < last, f"support must be (first, last), first < last, got {first, last}")
         require_one_of("layout", self.layout, ("0.2.0", "main"))
@@ -128,14 +166,56 @@ class WorldModelConfig:
             or self.embed_dim % self.simnorm_group == 0,
             f"simnorm_group must divide embed_dim {self.embed_dim}, got {self.simnorm_group}",
         )
-        _ = self.window  # validates the window's own rules
+        self._validate_positions()
+
+    def _validate_positions(self) -> None:
+        require_one_of("window_mode", self.window_mode, WINDOW_MODES)
+        mode, head_dim = self.window_mode, self.window.head_dim
+        if not self.is_rotary:
+            require(
+                self.max_tokens is not None,
+                f'window_mode "{mode}" needs a table of learned positions (max_tokens), and this'
+                " model has none: its positions are rotary",
+            )
+            require_positive(self, "max_tokens")
+            return
+        require(
+            self.max_tokens is None,
+            f'window_mode "{mode}" excludes learned positions, got max_tokens {self.max_tokens}',
+        )
+        require(head_dim % 2 == 0, f"rotary positions need an even head size, got {head_dim}")
+        require(self.rope_theta > 0.0, f"rope_theta must be above 0, got {self.rope_theta}")
+
+    @property
+    def is_rotary(self) -> bool:
+        """Whether positions are rotary instead of learned."""
+        return self.window_mode in ("rope_lightzero", "rope_consistent")
+
+    def _check_image(self, shape: tuple[int, int, int]) -> None:
+        require(
+            self.observation_size is None, "observation_size and image_shape exclude each other"
+        )
+        require_positive(self, "image_channels")
+        require(self.image_channels % 2 == 0, f"image_channels must be even: {self.image_channels}")
+        blocks = self.image_blocks
+        require(isinstance(blocks, int) and blocks >= 0, f"image_blocks must be >= 0, got {blocks}")
+        sides = ", ".join(map(str, IMAGE_SIDES))
+        require(
+            isinstance(shape, tuple)
+            and len(shape) == 3
+            and shape[0] >= 1
+            and shape[1] == shape[2]
+            and shape[1] in IMAGE_SIDES,
+            f"image_shape must be (channels, side, side), side one of {sides}, got {shape!r}",
+        )
 
     @property
     def window(self) -> WindowConfig:
         """The window that this model reads and extends."""
         head_dim = self.embed_dim // self.num_heads
+        raw_size = self.embed_dim if self.window_mode == "rebuild" else None
         return WindowConfig(
-            self.context_length, self.num_layers, self.num_heads, head_dim, self.dtype
+            self.context_length, self.num_layers, self.num_heads, head_dim, self.dtype, raw_size
         )
 
     @property
@@ -149,9 +229,14 @@ class WorldModelConfig:
         return (self.embed_dim,)
 
     @property
-    def observation_shape(self) -> tuple[int]:
-        """Shape of one observation: [observation_size], or [E] for a model without encoder."""
-        return (self.observation_size or self.embed_dim,)
+    def has_encoder(self) -> bool:
+        """Whether observations are encoded; else they are latents."""
+        return not (self.observation_size is None and self.image_shape is None)
+
+    @property
+    def observation_shape(self) -> tuple[int, ...]:
+        """Shape of one observation: vector, image, or [E] for a model without encoder."""
+        return self.image_shape or (self.observation_size or self.embed_dim,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,6 +264,11 @@ class SearchConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "num_simulations")
+        require(
+            self.num_simulations <= MAX_SIMULATIONS,
+            f"num_simulations must be at most {MAX_SIMULATIONS}, got {self.num_simulations}: a tree"
+            " holds no more nodes",
+        )
         if self.max_depth is not None:
             require_positive(self, "max_depth")
         require_one_of("tree", self.tree, TREES)

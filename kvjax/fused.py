@@ -13,6 +13,7 @@ of a window, K hidden units of a head.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import chex
@@ -21,8 +22,20 @@ import jax.numpy as jnp
 
 from kvjax import world_model
 from kvjax.config import WorldModelConfig
+from kvjax.encoders import EPSILON
+from kvjax.ops import position
 from kvjax.types import Params
-from kvjax.world_model import EPSILON
+
+_MANY_TOKENS = 128
+"""Tokens read at once, over all rows, from which on sums by a matrix product are faster."""
+
+_LONG_SUM = 32
+"""Head size from which on a sum over it is vectorised well as it is."""
+
+Cached = tuple[tuple[jax.Array, jax.Array], ...]
+"""Keys and values [B, T, E] of each layer."""
+Fresh = tuple[jax.Array, ...]
+"""One token's keys and values [B, 2, E] of each layer."""
 
 
 @jax.tree_util.register_dataclass
@@ -67,14 +80,17 @@ class Folded:
     at_observation: HeadPair  # policy, value
     latent_norm: Linear | None  # [E], of an observation head that ends in LayerNorm
     actions: jax.Array  # [A, E] centred
-    positions: jax.Array  # [C, E] centred
-    projected: jax.Array  # [C, L, 2, H, D], what each position adds to keys and values
+    positions: jax.Array | None  # [C, E] centred; None if positions are rotary
+    projected: jax.Array | None  # [C, L, 2, H, D], what each position adds to keys and values
 
 
 def fold(params: Params, *, config: WorldModelConfig) -> Folded:
     """Prepares parameters for a search; do it again whenever they change."""
     p = params["params"]
-    table = world_model.positions(params, config=config)
+    table, projected = None, None
+    if not config.is_rotary:
+        table = _centred(world_model.positions(params, config=config), axis=1)
+        projected = world_model.projected_positions(params, config=config)
     heads = {name: p[f"{name}_head"] for name in ("reward", "latent", "policy", "value")}
     final = p["final_norm"]
     latent_norm = p.get("latent_final", {}).get("norm")
@@ -85,8 +101,8 @@ def fold(params: Params, *, config: WorldModelConfig) -> Folded:
         at_observation=_fold_heads(heads["policy"], heads["value"], final),
         latent_norm=None if latent_norm is None else _affine(latent_norm),
         actions=_centred(p["action_embedding"]["embedding"], axis=1),
-        positions=_centred(table, axis=1),
-        projected=world_model.projected_positions(params, config=config),
+        positions=table,
+        projected=projected,
     )
 
 
@@ -156,46 +172,113 @@ def _apply(layer: Linear, x: jax.Array, scale: jax.Array | float = 1.0) -> jax.A
 def token_step(
     folded: Folded,
     x: jax.Array,
-    cached: jax.Array,
+    cached: Cached,
     valid: jax.Array,
-    fresh: tuple[jax.Array, ...] = (),
-) -> tuple[jax.Array, jax.Array]:
+    fresh: tuple[Fresh, ...] = (),
+    rotation: jax.Array | None = None,
+    *,
+    config: WorldModelConfig,
+) -> tuple[jax.Array, Fresh]:
     """Runs one token of each row through the transformer.
 
     Args:
       x: [E, B], centred, position included.
-      cached: [B, T, L, 2, H, D], windows as they are read (positions included).
+      cached: keys and values of the windows as they are read, positions included.
       valid: [B, T] bool.
-      fresh: keys and values [B, L, 2, H, D] of tokens pushed after the window.
+      fresh: tokens pushed after the window, as this function returned them.
+      rotation: [B, 2, D / 2] of the token, see `kvjax.ops.position.rotation`.
 
     Returns:
       The stream [E, B] behind the last layer, centred and not normalised, and the token's own keys
-      and values [B, L, 2, H, D].
+      and values.
     """
-    chex.assert_rank([x, cached, valid], [2, 6, 2])
-    batch, _, _, _, heads, head_dim = cached.shape
+    chex.assert_rank([x, valid], 2)
+    width, batch = x.shape
     own = []
     for layer, block in enumerate(folded.blocks):
-        qkv = _apply(block.qkv, x, _rstd(x)).reshape(3, heads, head_dim, batch)
-        query, key, value = jnp.moveaxis(qkv, -1, 1)  # [B, H, D] each
-        kv = jnp.stack([key, value], axis=1)
-        behind = jnp.stack([*(pushed[:, layer] for pushed in fresh), kv], axis=1)
-        read = _attend(query, cached[:, :, layer], valid, behind)
-        x = x + _apply(block.projection, read.reshape(batch, -1).T)
+        qkv = _apply(block.qkv, x, _rstd(x)).T.reshape(batch, 3, width)
+        qkv = qkv if rotation is None else _rotate(qkv, rotation, config)
+        behind = jnp.stack([*(token[layer] for token in fresh), qkv[:, 1:]], axis=1)
+        read = _attend(qkv[:, 0], cached[layer], valid, behind, config.num_heads)
+        x = x + _apply(block.projection, read.T)
         x = x + _apply(block.contract, jax.nn.gelu(_apply(block.expand, x, _rstd(x))))
-        own.append(kv)
-    return x, jnp.stack(own, axis=1)
+        own.append(qkv[:, 1:])
+    return x, tuple(own)
 
 
-def _attend(query: jax.Array, cached: jax.Array, valid: jax.Array, fresh: jax.Array) -> jax.Array:
-    """Reads [B, H, D]: query [B, H, D] (scaled), cached [B, T, 2, H, D], fresh [B, F, 2, H, D]."""
-    cached_scores = jnp.sum(query[:, None] * cached[:, :, 0], axis=-1)  # [B, T, H]
-    fresh_scores = jnp.sum(query[:, None] * fresh[:, :, 0], axis=-1)
-    masked = jnp.where(valid[..., None], cached_scores, -jnp.inf)
-    weights = jax.nn.softmax(jnp.concatenate([masked, fresh_scores], axis=1), axis=1)[..., None]
-    slots = cached.shape[1]
-    read = jnp.sum(weights[:, :slots] * cached[:, :, 1], axis=1)
-    return read + jnp.sum(weights[:, slots:] * fresh[:, :, 1], axis=1)
+def _rotate(qkv: jax.Array, rotation: jax.Array, config: WorldModelConfig) -> jax.Array:
+    """Rotates queries and keys of [B, 3, E] by [B, 2, D / 2]."""
+    heads = qkv[:, :2].reshape(len(qkv), 2 * config.num_heads, -1)
+    turned = jax.vmap(position.rotate)(heads, rotation).reshape(qkv[:, :2].shape)
+    return jnp.concatenate([turned, qkv[:, 2:]], axis=1)
+
+
+def sequence(folded: Folded, x: jax.Array, *, config: WorldModelConfig) -> Cached:
+    """Keys and values of whole sequences at positions 0, 1, .., each token reading those before it.
+
+    Args:
+      x: [E, B, T], centred, without positions.
+    """
+    embed_dim, batch, length = x.shape
+    heads = (3, config.num_heads, config.window.head_dim, batch, length)
+    causal = jnp.tril(jnp.ones((length, length), bool))
+    if folded.positions is not None:
+        x = x + folded.positions[:length].T[:, None]
+    x, own = x.reshape(embed_dim, -1), []
+    for block in folded.blocks:
+        query, key, value = _apply(block.qkv, x, _rstd(x)).reshape(heads)  # [H, D, B, T] each
+        scores = jnp.einsum("hdbq,hdbk->bhqk", query, key)
+        weights = jax.nn.softmax(jnp.where(causal, scores, -jnp.inf), axis=-1)
+        read = jnp.einsum("bhqk,hdbk->hdbq", weights, value).reshape(embed_dim, -1)
+        x = x + _apply(block.projection, read)
+        x = x + _apply(block.contract, jax.nn.gelu(_apply(block.expand, x, _rstd(x))))
+        keys, values = (
+            part.transpose(2, 3, 0, 1).reshape(batch, length, -1) for part in (key, value)
+        )
+        own.append((keys, values))
+    return tuple(own)
+
+
+def _attend(
+    query: jax.Array,
+    cached: tuple[jax.Array, jax.Array],
+    valid: jax.Array,
+    fresh: jax.Array,
+    heads: int,
+) -> jax.Array:
+    """Reads [B, E]: query [B, E] (scaled), cached keys and values [B, T, E], fresh [B, F, 2, E].
+
+    The softmax divides last, where its sum is small.
+    """
+    keys, values = cached
+    by_head, spread = _head_sums(keys.shape[0] * keys.shape[1], query.shape[1], heads)
+    cached_scores = by_head(query[:, None] * keys)  # [B, T, H]
+    cached_scores = jnp.where(valid[..., None], cached_scores, -jnp.inf)
+    fresh_scores = by_head(query[:, None] * fresh[:, :, 0])
+    largest = jnp.maximum(jnp.max(cached_scores, axis=1), jnp.max(fresh_scores, axis=1))[:, None]
+    cached_weights = jnp.exp(cached_scores - largest)
+    fresh_weights = jnp.exp(fresh_scores - largest)
+    total = jnp.sum(cached_weights, axis=1) + jnp.sum(fresh_weights, axis=1)
+    read = jnp.sum(spread(cached_weights) * values, axis=1)
+    read = read + jnp.sum(spread(fresh_weights) * fresh[:, :, 1], axis=1)
+    return read / spread(total)
+
+
+def _head_sums(
+    tokens: int, width: int, heads: int
+) -> tuple[Callable[[jax.Array], jax.Array], Callable[[jax.Array], jax.Array]]:
+    """How to sum [.., E] within heads to [.., H], and how to repeat [.., H] to [.., E].
+
+    A CPU is slow at many short sums. Many of them are products with a matrix of zeros and ones
+    instead, which are vectorised; added zeros make a sum no less exact.
+    """
+    if tokens < _MANY_TOKENS or width >= _LONG_SUM * heads:
+        return (
+            lambda x: jnp.sum(x.reshape(*x.shape[:-1], heads, -1), axis=-1),
+            lambda x: jnp.repeat(x, width // heads, axis=-1),
+        )
+    member = jnp.repeat(jnp.eye(heads), width // heads, axis=0)  # [E, H]
+    return lambda x: x @ member, lambda x: x @ member.T
 
 
 def _head_pair(folded: Folded, pair: HeadPair, x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -242,11 +325,16 @@ def _simnorm(x: jax.Array, group: int) -> jax.Array:
     return (exponents / total[:, None]).reshape(x.shape)
 
 
-def embed_action(folded: Folded, action: jax.Array, position: jax.Array) -> jax.Array:
-    """Actions [B] at positions [B] to tokens [E, B], centred."""
-    return (folded.actions[action] + folded.positions[position]).T
+def embed_action(folded: Folded, action: jax.Array) -> jax.Array:
+    """Actions [B] to raw tokens [E, B], centred."""
+    return folded.actions[action].T
 
 
-def embed_latent(folded: Folded, latent: jax.Array, position: jax.Array) -> jax.Array:
-    """Latents [E, B] at positions [B] to tokens [E, B], centred."""
-    return _centred(latent, axis=0) + folded.positions[position].T
+def embed_latent(latent: jax.Array) -> jax.Array:
+    """Latents [E, B] to raw tokens [E, B], centred."""
+    return _centred(latent, axis=0)
+
+
+def place(folded: Folded, token: jax.Array, slot: jax.Array) -> jax.Array:
+    """Adds learned positions, if there are any, to raw tokens [E, B] in slots [B]."""
+    return token if folded.positions is None else token + folded.positions[slot].T

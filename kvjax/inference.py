@@ -7,6 +7,7 @@ donated unless you donate it there.)
 Shapes: B rows, E embedding size, A actions, R support bins.
 """
 
+import dataclasses
 import functools
 from typing import Literal
 
@@ -23,7 +24,7 @@ from kvjax.ops import hashing
 from kvjax.ops import window as windows
 from kvjax.types import Inference, Params, Store, Window
 
-MissPolicy = Literal["context_free", "error"]
+MissPolicy = Literal["context_free", "error", "rebuild"]
 MISS_POLICIES = ("context_free", "error")
 
 
@@ -68,7 +69,10 @@ def initial_inference(
       env_id: [B] integer in 0 .. P - 1; any subset, in any order.
       timestep: [B] integer, of the current observation (the default priority).
       miss_policy: "context_free" continues from the last observation alone, as LightZero does;
-        "error" raises and stores nothing.
+        "error" raises and stores nothing; "rebuild" computes the environment's newest root again
+        from its raw tokens, with `last_latent` as its last one, and continues without context only
+        where there is none. That is how contexts outlive `on_params_update` (window mode "rebuild";
+        the latents of older observations stay as they were encoded).
       reanalysis: look nothing up and store nothing; every row is free of context.
       priority: [B] float32 for the "priority" eviction; `timestep` by default.
 
@@ -83,7 +87,12 @@ def initial_inference(
     rows = num_rows(latent)
     ids = {"action": action, "env_id": env_id, "timestep": timestep}
     validate_batch(store, config, rows, {"last_latent": last_latent, "latent": latent}, ids)
-    require_one_of("miss_policy", miss_policy, MISS_POLICIES)
+    require_one_of("miss_policy", miss_policy, (*MISS_POLICIES, "rebuild"))
+    if miss_policy == "rebuild" and store.latest is None:
+        raise ValueError(
+            'miss_policy "rebuild" needs windows with raw tokens (window_mode "rebuild"), the'
+            f' model\'s window_mode is "{config.window_mode}"'
+        )
     validate_range("action", action, step.FIRST_STEP, config.num_actions - 1)
     store, out = _initial(
         params,
@@ -134,7 +143,8 @@ def recurrent_inference(
       depth: [B] integer, of the new nodes below their root (the default priority, shallow first).
       timestep: [B] integer, of the roots; read by rotary positions only.
       slot: [B] int32 handles of the parents' windows.
-      miss_policy, reanalysis: as in `initial_inference`.
+      miss_policy: "context_free" or "error", as in `initial_inference`.
+      reanalysis: as in `initial_inference`.
       pads_are_read: reproduce release 0.2.0, whose rows attend to the padding of their batch.
       priority: [B] float32 for the "priority" eviction; `-depth` by default.
 
@@ -159,6 +169,7 @@ def recurrent_inference(
         action,
         env_id,
         depth,
+        timestep,
         slot,
         priority,
         config=config,
@@ -202,14 +213,22 @@ def _initial(
     found = stores.only(stores.find(store, last_keys, env_id, roots_only=True), asks)
     missed = continues & ~found.hit
     kept = _kept(valid, missed, miss_policy, reanalysis)
-    window = _with_context(params, stores.take(store, found), last_latent, missed, config)
+    window = stores.take(store, found)
+    if miss_policy == "rebuild" and not reanalysis:
+        window = _recall(params, store, window, last_latent, env_id, missed, config)
+        recalled = missed & (window.length > 0)
+        store, missed = stores.count_rebuilt(store, recalled), missed & ~recalled
+    window = _with_context(params, window, last_latent, timestep, missed, config)
     store = stores.count_lookups(store, found, asks, roots_only=True)
     store = stores.count_padding(store, window.length, continues)
     store = stores.touch(store, stores.only(found, kept))
 
     correction = world_model.slide_correction(params, config=config)
     push = functools.partial(step.root_step, params, correction, config=config)
-    window, policy, value = jax.vmap(push)(window, action, latent)
+    full = step.any_overflows(window, config)
+    window, policy, value = jax.vmap(push, in_axes=(0, 0, 0, 0, None))(
+        window, action, latent, timestep, full
+    )
     keys = stores.latent_keys(store, latent, env_id)
     rank = timestep if priority is None else priority
     store, handle = stores.add_roots(
@@ -240,6 +259,7 @@ def _recurrent(
     action: jax.Array,
     env_id: jax.Array,
     depth: jax.Array,
+    timestep: jax.Array,
     slot: jax.Array | None,
     priority: jax.Array | None,
     *,
@@ -259,7 +279,8 @@ def _recurrent(
     found = stores.only(found, asks)
     missed = valid & ~found.hit
     kept = _kept(valid, missed, miss_policy, reanalysis)
-    window = _with_context(params, stores.take(store, found), latent, missed, config)
+    window = stores.take(store, found)
+    window = _with_context(params, window, latent, timestep, missed, config)
     store = stores.count_lookups(store, found, asks)
     store = stores.count_padding(store, window.length, valid)
     store = stores.touch(store, stores.only(found, kept))
@@ -267,7 +288,10 @@ def _recurrent(
     correction = world_model.slide_correction(params, config=config)
     pads = jnp.max(window.length) - window.length if pads_are_read else None
     imagine = functools.partial(step.recurrent_step, params, correction, config=config)
-    window, imagined = jax.vmap(lambda w, a, p: imagine(w, a, zero_keys=p))(window, action, pads)
+    full = step.any_overflows(window, config)
+    window, imagined = jax.vmap(imagine, in_axes=(0, 0, 0, 0, None))(
+        window, action, depth, timestep, full, zero_keys=pads
+    )
     if slot is None:
         child_keys = stores.latent_keys(store, imagined.latent, env_id)
     else:
@@ -302,16 +326,46 @@ def _kept(
 
 
 def _with_context(
-    params: Params, window: Window, latent: jax.Array, missed: jax.Array, config: WorldModelConfig
+    params: Params,
+    window: Window,
+    latent: jax.Array,
+    timestep: jax.Array,
+    missed: jax.Array,
+    config: WorldModelConfig,
 ) -> Window:
     """Gives rows that missed a context of one token, their latent's; free of cost if none did."""
 
     def alone(_: Window) -> Window:
         push = functools.partial(step.observe, params, config=config)
-        return jax.vmap(lambda x: push(windows.init(config.window), x))(latent)
+        return jax.vmap(lambda x, t: push(windows.init(config.window), x, t))(latent, timestep)
 
     rebuilt = jax.lax.cond(jnp.any(missed), alone, lambda unchanged: unchanged, window)
     return jax.vmap(windows.where)(missed, rebuilt, window)
+
+
+def _recall(
+    params: Params,
+    store: Store,
+    window: Window,
+    last_latent: jax.Array,
+    env_id: jax.Array,
+    missed: jax.Array,
+    config: WorldModelConfig,
+) -> Window:
+    """Gives rows that missed their environment's newest root, computed again."""
+
+    def recall(row: Window, latent: jax.Array) -> Window:
+        last = row.length - 1
+        raw = jnp.asarray(row.raw)
+        raw = raw.at[last].set(jnp.where(last < 0, raw[last], latent))
+        return world_model.rebuild(params, dataclasses.replace(row, raw=raw), config=config)
+
+    def recalled() -> Window:
+        newest = jax.vmap(recall)(stores.latest_roots(store, env_id), last_latent)
+        return jax.vmap(windows.where)(missed, newest, window)
+
+    result: Window = jax.lax.cond(jnp.any(missed), recalled, lambda: window)
+    return result
 
 
 def _poison(out: Inference) -> Inference:

@@ -3,6 +3,7 @@
 Shapes: B environments, A actions.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 from kvjax import step
 from kvjax.config import SearchConfig, WorldModelConfig
 from kvjax.ops import support
-from kvjax.types import Params, SearchOutput, Window
+from kvjax.types import Contexts, Params, SearchOutput, Window
 
 _NEVER = float(np.finfo(np.float32).min)
 """Policy logit of an illegal action."""
@@ -23,33 +24,45 @@ _MIN_RANGE = 0.01
 """Q values closer together than this are not blown up to a range of 1 (LightZero's constant)."""
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Node:
+    """What mctx keeps of a node; the node's latent is its window's last token."""
+
+    window: Window  # batched: [B, C, L, 2, H, D] and [B]
+    depth: jax.Array  # [B] int32, edges below the root
+
+
 def run(
     params: Params,
     rng: jax.Array,
-    window: Window,
+    contexts: Contexts,
     policy: jax.Array,
     root_value: jax.Array,
     legal: jax.Array,
-    correction: jax.Array,
+    correction: jax.Array | None,
     config: WorldModelConfig,
     search: SearchConfig,
 ) -> SearchOutput:
     """Searches all rows from their root windows.
 
     Args:
+      contexts: of the roots, the current step included.
       policy: [B, A] logits of the roots.
       root_value: [B].
       legal: [B, A] bool.
-      correction: [C - 3, L, 2, H, D], from `world_model.slide_correction`.
+      correction: [C - 3, L, 2, H, D] or None, from `world_model.slide_correction`.
     """
+    finite = all_finite(policy, root_value)
     policy = jnp.where(legal, policy, _NEVER)
-    root = mctx.RootFnOutput(prior_logits=policy, value=root_value, embedding=window)
+    embedding = _Node(contexts.window, jnp.zeros_like(contexts.timestep))
+    root = mctx.RootFnOutput(prior_logits=policy, value=root_value, embedding=embedding)
     search_rng, action_rng = jax.random.split(rng)
     options: dict[str, Any] = {
         "params": params,
         "rng_key": search_rng,
         "root": root,
-        "recurrent_fn": _recurrent_fn(correction, config, search.discount),
+        "recurrent_fn": _recurrent_fn(contexts.timestep, correction, config, search.discount),
         "num_simulations": search.num_simulations,
         "invalid_actions": ~legal,
         "max_depth": search.max_depth,
@@ -78,7 +91,14 @@ def run(
         prior=jax.nn.softmax(policy),
         network_value=root_value,
         mean_depth=_mean_depth(result.search_tree),
+        finite=finite & all_finite(summary.value, summary.qvalues),
     )
+
+
+def all_finite(*arrays: jax.Array) -> jax.Array:
+    """Rows [B] in which all arrays [B] or [B, A] are finite."""
+    rows = [jnp.isfinite(x).reshape(x.shape[0], -1).all(axis=1) for x in arrays]
+    return functools.reduce(jnp.logical_and, rows)
 
 
 def _mean_depth(tree: Any) -> jax.Array:
@@ -97,23 +117,30 @@ def _mean_depth(tree: Any) -> jax.Array:
 
 
 def _recurrent_fn(
-    correction: jax.Array, config: WorldModelConfig, discount: float
+    timestep: jax.Array,
+    correction: jax.Array | None,
+    config: WorldModelConfig,
+    discount: float,
 ) -> mctx.RecurrentFn:
-    """The model as mctx sees it. A node is its window: the latent is the window's last token."""
+    """The model as mctx sees it."""
 
     def recurrent_fn(
-        params: Params, rng: jax.Array, action: jax.Array, window: Window
-    ) -> tuple[mctx.RecurrentFnOutput, Window]:
+        params: Params, rng: jax.Array, action: jax.Array, node: _Node
+    ) -> tuple[mctx.RecurrentFnOutput, _Node]:
         del rng
         imagine = functools.partial(step.recurrent_step, params, correction, config=config)
-        window, prediction = jax.vmap(imagine)(window, action)
+        full, depth = step.any_overflows(node.window, config), node.depth + 1
+        window, prediction = jax.vmap(imagine, in_axes=(0, 0, 0, 0, None))(
+            node.window, action, depth, timestep, full
+        )
         reward = support.to_scalar(prediction.reward, config.support)
+        value = support.to_scalar(prediction.value, config.support)
         return mctx.RecurrentFnOutput(
             reward=reward,
             discount=jnp.full_like(reward, discount),
             prior_logits=prediction.policy,
-            value=support.to_scalar(prediction.value, config.support),
-        ), window
+            value=jnp.where(all_finite(prediction.policy), value, jnp.nan),
+        ), _Node(window, depth)
 
     return recurrent_fn
 

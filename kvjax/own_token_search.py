@@ -1,12 +1,19 @@
 """A search in which a node stores only its own two tokens, whatever the context length.
 
 Tokens of all nodes lie in one table, the roots' contexts first. A node is a list of indices into
-it, at most C - 3, so that a window is one gather and a slide is a shift of indices. Keys and values
-are stored without what their position adds to them (for learned absolute positions) and get what
-their slot adds when they are read: that is the sum of all corrections of the slides in between.
+it, at most C - 3, so that a window is one gather and dropping a block is a shift of indices. What
+the table holds of a token depends on the window mode:
+
+* "learned", "reset": keys and values without what their position adds to them; they get what their
+  slot adds when they are read. That is the sum of all corrections of the slides in between.
+* rotary modes: keys and values as they are, since a key keeps its rotation.
+* "rebuild": the raw token. Keys and values of a window are computed when it is read; they are those
+  of its tokens at positions 0, 1, .. whether or not it has ever overflowed.
+
+Keys and values of each layer have tables of their own, so that what is gathered is read as it lies.
 
 Shapes: B rows, C context_length in tokens, T = C - 3 slots of a stored window, M tokens per row, N
-nodes, F = L * 2 * H * D numbers per token, E embedding size, A actions.
+nodes, L layers, E embedding size (H heads of D), A actions.
 """
 
 import dataclasses
@@ -15,13 +22,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kvjax import fused
+from kvjax import fused, step
 from kvjax import tree as trees
 from kvjax.config import BLOCK, SearchConfig, WorldModelConfig
-from kvjax.fused import Folded
-from kvjax.ops import support
+from kvjax.fused import Cached, Folded, Fresh
+from kvjax.ops import position, support
 from kvjax.tree import Path, Tree
-from kvjax.types import Window
+from kvjax.types import Contexts, Window
 
 
 @jax.tree_util.register_dataclass
@@ -29,86 +36,118 @@ from kvjax.types import Window
 class Tokens:
     """Tokens of B trees and each node's window as indices into them."""
 
-    kv: jax.Array  # [M, B, F] without positions
+    tables: tuple[jax.Array, ...]  # [M, B, E]: keys and values layer by layer, or raw tokens
     slots: jax.Array  # [N, B, T] int32 indices along M
     length: jax.Array  # [N, B] int32
 
 
 def init_tokens(folded: Folded, window: Window, config: WorldModelConfig, nodes: int) -> Tokens:
-    """A table that holds the roots' windows: `window.kv` [B, C, L, 2, H, D]."""
+    """Tables that hold the roots' windows: `window.kv` [B, C, L, 2, H, D]."""
     rows, kept = window.length.shape[0], config.window.kept_length
-    valid = jnp.arange(kept) < window.length[:, None]
-    bare = window.kv[:, :kept].astype(jnp.float32) - folded.projected[:kept]
-    bare = jnp.where(valid[..., None], bare.reshape(rows, kept, -1), 0.0)
-    table = jnp.zeros((kept + BLOCK * (nodes - 1), rows, bare.shape[-1]), config.dtype)
+    if window.raw is not None:
+        raw = window.raw[:, :kept]
+        held = [raw - jnp.mean(raw, axis=-1, keepdims=True)]
+    else:
+        kv = window.kv[:, :kept].astype(jnp.float32)
+        held = _parts(kv if folded.projected is None else kv - folded.projected[:kept])
+    valid = (jnp.arange(kept) < window.length[:, None])[..., None]
+    shape = (kept + BLOCK * (nodes - 1), rows, config.embed_dim)
+    dtype = config.dtype if window.raw is None else window.raw.dtype
+    tables = [
+        jnp.zeros(shape, dtype)
+        .at[:kept]
+        .set(jnp.moveaxis(jnp.where(valid, part, 0.0), 0, 1).astype(dtype))
+        for part in held
+    ]
     slots = jnp.zeros((nodes, rows, kept), jnp.int32).at[trees.ROOT].set(jnp.arange(kept))
     return Tokens(
-        kv=table.at[:kept].set(jnp.moveaxis(bare, 0, 1).astype(config.dtype)),
+        tables=tuple(tables),
         slots=slots,
         length=jnp.zeros((nodes, rows), jnp.int32).at[trees.ROOT].set(window.length),
     )
 
 
+def _parts(kv: jax.Array) -> list[jax.Array]:
+    """Splits [..., L, 2, H, D] into 2L arrays [..., E]."""
+    layers, kinds, heads, head_dim = kv.shape[-4:]
+    flat = kv.reshape(*kv.shape[:-4], layers * kinds, heads * head_dim)
+    return [flat[..., part, :] for part in range(layers * kinds)]
+
+
 def read(
-    tokens: Tokens, folded: Folded, node: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    tokens: Tokens, folded: Folded, node: jax.Array, *, config: WorldModelConfig
+) -> tuple[Cached, jax.Array, jax.Array, jax.Array]:
     """Windows of one node per row, [B] int32, as the model reads them.
 
     Returns:
-      Keys and values [B, T, L, 2, H, D], slots [B, T], lengths [B], valid slots [B, T] bool.
+      Keys and values [B, T, E] of each layer, slots [B, T], lengths [B], valid slots [B, T] bool.
     """
     rows, kept = node.shape[0], tokens.slots.shape[-1]
     every_row = jnp.arange(rows)
     slots, length = tokens.slots[node, every_row], tokens.length[node, every_row]
-    bare = tokens.kv[slots, every_row[:, None]].astype(jnp.float32)
-    positions = folded.projected[:kept]
-    kv = bare.reshape(rows, *positions.shape) + positions
-    return kv, slots, length, jnp.arange(kept) < length[:, None]
+    held = [table[slots, every_row[:, None]].astype(jnp.float32) for table in tokens.tables]
+    valid = jnp.arange(kept) < length[:, None]
+    if config.window_mode == "rebuild":
+        cached = fused.sequence(folded, jnp.moveaxis(held[0], -1, 0), config=config)
+        return cached, slots, length, valid
+    if folded.projected is not None:
+        added = _parts(folded.projected[:kept])
+        held = [part + at for part, at in zip(held, added, strict=True)]
+    return tuple(zip(held[0::2], held[1::2], strict=True)), slots, length, valid
 
 
 def write(
     tokens: Tokens,
-    folded: Folded,
     simulation: jax.Array,
     slots: jax.Array,
     length: jax.Array,
-    fresh: tuple[jax.Array, jax.Array],
+    blocks: list[jax.Array],
+    *,
+    config: WorldModelConfig,
 ) -> Tokens:
     """Adds the node of a simulation: its parent's `slots` [B, T] and `length` [B], and its block.
 
-    The block's two tokens [B, L, 2, H, D] go to the table; a parent that is full loses its oldest
-    block, which is what a slide does.
+    The block's two tokens [2, B, E] go to each table. A parent that is full loses its oldest block,
+    or all but the block's last token (window mode "reset").
     """
-    rows, kept = slots.shape
-    bare = [kv - folded.projected[length + i] for i, kv in enumerate(fresh)]
-    block = jnp.stack([kv.reshape(rows, -1) for kv in bare]).astype(tokens.kv.dtype)
+    kept = slots.shape[1]
     first = kept + BLOCK * simulation
-    slides = (length == kept)[:, None]
-    shifted = jnp.where(slides, jnp.roll(slots, -BLOCK, axis=1), slots)
-    start = jnp.where(slides, kept - BLOCK, length[:, None])
+    overflows = (length == kept)[:, None]
+    if config.window_mode == "reset":
+        start = jnp.where(overflows, 1 - BLOCK, length[:, None])
+        shifted = slots
+    else:
+        start = jnp.where(overflows, kept - BLOCK, length[:, None])
+        shifted = jnp.where(overflows, jnp.roll(slots, -BLOCK, axis=1), slots)
     offset = jnp.arange(kept) - start
     extended = jnp.where((offset >= 0) & (offset < BLOCK), first + offset, shifted)
-    grown = jnp.where(slides[:, 0], length, length + BLOCK)
     node = simulation + 1
     update = jax.lax.dynamic_update_slice_in_dim
     return Tokens(
-        kv=update(tokens.kv, block, first, 0),
+        tables=tuple(
+            update(table, block.astype(table.dtype), first, 0)
+            for table, block in zip(tokens.tables, blocks, strict=True)
+        ),
         slots=update(tokens.slots, extended[None].astype(jnp.int32), node, 0),
-        length=update(tokens.length, grown[None], node, 0),
+        length=update(tokens.length, (start[:, 0] + BLOCK)[None], node, 0),
     )
 
 
 def run(
-    folded: Folded, prior: jax.Array, window: Window, config: WorldModelConfig, search: SearchConfig
+    folded: Folded,
+    prior: jax.Array,
+    contexts: Contexts,
+    config: WorldModelConfig,
+    search: SearchConfig,
 ) -> Tree:
-    """Searches all rows: prior [B, A] of the roots (see `kvjax.tree.softmax`) and their windows."""
+    """Searches all rows from their roots' prior [B, A] (see `kvjax.tree.softmax`) and contexts."""
     tree = trees.init(prior, search)
-    tokens = init_tokens(folded, window, config, search.num_simulations + 1)
+    tokens = init_tokens(folded, contexts.window, config, search.num_simulations + 1)
 
     def simulate(simulation: jax.Array, state: Any) -> Any:
         tree, tokens = state
         path = trees.select(tree, search)
-        return _grow(folded, tree, tokens, path, simulation, config, search)
+        return _grow(folded, tree, tokens, path, simulation, contexts.timestep, config, search)
 
     grown: Tree = jax.lax.fori_loop(0, search.num_simulations, simulate, (tree, tokens))[0]
     return grown
@@ -120,19 +159,77 @@ def _grow(
     tokens: Tokens,
     path: Path,
     simulation: jax.Array,
+    timestep: jax.Array,
     config: WorldModelConfig,
     search: SearchConfig,
 ) -> tuple[Tree, Tokens]:
     """One simulation: imagines a step from each path's end and backs its value up."""
     parent, action = path.leaf()
-    cached, slots, length, valid = read(tokens, folded, parent)
-    x = fused.embed_action(folded, action, length)
-    x, first = fused.token_step(folded, x, cached, valid)
+    cached, slots, length, valid = read(tokens, folded, parent, config=config)
+    at_action, at_observation = _rotations(timestep, path.depth, config)
+    acted = fused.embed_action(folded, action)
+    x = fused.place(folded, acted, length)
+    x, first = fused.token_step(folded, x, cached, valid, (), at_action, config=config)
     reward, latent = fused.at_action(folded, x, config=config)
-    x = fused.embed_latent(folded, latent, length + 1)
-    x, second = fused.token_step(folded, x, cached, valid, (first,))
+    observed = fused.embed_latent(latent)
+    x = fused.place(folded, observed, length + 1)
+    x, second = fused.token_step(folded, x, cached, valid, (first,), at_observation, config=config)
     policy, value = fused.at_observation(folded, x)
-    tokens = write(tokens, folded, simulation, slots, length, (first, second))
+    if config.window_mode == "rebuild":
+        blocks = [jnp.stack([acted.T, observed.T])]
+    else:
+        blocks = _bare_blocks(folded, observed, length, (first, second), config)
+    tokens = write(tokens, simulation, slots, length, blocks, config=config)
     reward, value = (support.to_scalar(x, config.support, axis=0) for x in (reward, value))
     prior = trees.softmax(policy.T)
+    value = jnp.where(jnp.isnan(prior[:, 0]), jnp.nan, value)  # so that the root's value tells
     return trees.expand(tree, path, simulation + 1, reward, value, prior, search), tokens
+
+
+def _rotations(
+    timestep: jax.Array, depth: jax.Array, config: WorldModelConfig
+) -> tuple[jax.Array | None, jax.Array | None]:
+    """Of each row's action and observation token: [B, 2, D / 2]; None for learned positions."""
+    if not config.is_rotary:
+        return None, None
+    head_dim, theta = config.window.head_dim, config.rope_theta
+    at_action, at_observation = (
+        jax.vmap(lambda place: position.rotation(place, head_dim, theta))(places)
+        for places in step.token_positions(config, timestep, depth)
+    )
+    return at_action, at_observation
+
+
+def _bare_blocks(
+    folded: Folded,
+    observed: jax.Array,
+    length: jax.Array,
+    pushed: tuple[Fresh, Fresh],
+    config: WorldModelConfig,
+) -> list[jax.Array]:
+    """A node's tokens as each table holds them: [2, B, E]."""
+    first, second = ([part[:, i] for part in token for i in range(2)] for token in pushed)
+    slot = length + 1
+    if config.window_mode == "reset":
+        overflows = length == config.window.kept_length
+        second = jax.lax.cond(
+            jnp.any(overflows),
+            lambda: [
+                jnp.where(overflows[:, None], alone, part)
+                for alone, part in zip(_alone(folded, observed, config), second, strict=True)
+            ],
+            lambda: second,
+        )
+        slot = jnp.where(overflows, 0, slot)
+    if folded.projected is not None:
+        first, second = (
+            [part - at for part, at in zip(token, _parts(folded.projected[place]), strict=True)]
+            for token, place in ((first, length), (second, slot))
+        )
+    return [jnp.stack(parts) for parts in zip(first, second, strict=True)]
+
+
+def _alone(folded: Folded, observed: jax.Array, config: WorldModelConfig) -> list[jax.Array]:
+    """Keys and values [B, E], layer by layer, of latents [E, B] without a context."""
+    layers = fused.sequence(folded, observed[..., None], config=config)
+    return [part[:, 0] for layer in layers for part in layer]

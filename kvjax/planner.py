@@ -11,8 +11,9 @@ import numpy as np
 
 from kvjax import store as stores
 from kvjax.config import SearchConfig, WorldModelConfig
+from kvjax.contexts import init_contexts
 from kvjax.host_search import host_search, most_visited
-from kvjax.search import init_contexts, prepare, search
+from kvjax.search import prepare, search
 from kvjax.step import FIRST_STEP
 from kvjax.types import Params
 

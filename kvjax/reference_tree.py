@@ -8,6 +8,7 @@ Shapes: A actions, N nodes (the root and one per simulation).
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ import numpy as np
 from kvjax.config import SearchConfig
 
 Array = np.ndarray[Any, Any]
+Choice = Callable[[int, Array], int]
+"""Node and scores [A] of its actions, -inf where illegal, to the action that is taken."""
 
 ROOT = 0
 UNVISITED = -1
@@ -91,11 +94,18 @@ def _q(tree: Tree, node: int) -> np.float32:
     return np.float32(tree.reward[node] + np.float32(tree.config.discount) * value)
 
 
-def select(tree: Tree) -> tuple[int, int]:
+def first_best(node: int, scores: Array) -> int:
+    """The action with the largest score, the first on ties."""
+    del node
+    return int(np.argmax(scores))
+
+
+def select(tree: Tree, choose: Choice = first_best) -> tuple[int, int]:
     """Walks down from the root to an edge without a node: its parent and its action."""
     node, path, parent_q = ROOT, [ROOT], np.float32(0)
     while True:
-        parent_q, action = _best_edge(tree, node, parent_q)
+        parent_q, scores = _scores(tree, node, parent_q)
+        action = choose(node, scores)
         child = int(tree.children[node, action])
         if child == UNVISITED:
             tree.path, tree.action = tuple(path), action
@@ -104,8 +114,8 @@ def select(tree: Tree) -> tuple[int, int]:
         path.append(node)
 
 
-def _best_edge(tree: Tree, node: int, parent_q: np.float32) -> tuple[np.float32, int]:
-    """The action with the largest score, the first on ties; and the node's own mean Q."""
+def _scores(tree: Tree, node: int, parent_q: np.float32) -> tuple[np.float32, Array]:
+    """The node's own mean Q and the scores [A] of its actions, -inf where illegal."""
     children = tree.children[node]
     tried = [action for action, child in enumerate(children) if child != UNVISITED]
     q = np.zeros(len(children), np.float32)
@@ -124,7 +134,7 @@ def _best_edge(tree: Tree, node: int, parent_q: np.float32) -> tuple[np.float32,
     score = _exploration(tree, node) + np.clip(q, np.float32(0), np.float32(1))
     if node == ROOT:
         score = np.where(tree.legal, score, -np.inf)
-    return mean, int(np.argmax(score))
+    return mean, score
 
 
 def _exploration(tree: Tree, node: int) -> Array:

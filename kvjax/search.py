@@ -13,27 +13,12 @@ from kvjax import mctx_search, own_token_search, step, world_model
 from kvjax import tree as trees
 from kvjax.checks import ArrayLike, validate_range
 from kvjax.config import SearchConfig, WorldModelConfig
+from kvjax.contexts import advance
 from kvjax.fused import fold
 from kvjax.ops import support
-from kvjax.ops import window as windows
 from kvjax.types import Contexts, Params, Prepared, SearchOutput
 
 _TINY = float(np.finfo(np.float32).tiny)
-
-
-def init_contexts(config: WorldModelConfig, num_envs: int) -> Contexts:
-    """Empty contexts, one row per environment.
-
-    Returns:
-      `Contexts` with windows [B, C, L, 2, H, D] and timestep -1.
-
-    Raises:
-      ValueError: `num_envs` is below 1.
-    """
-    if num_envs < 1:
-        raise ValueError(f"num_envs must be at least 1, got {num_envs}")
-    window = jax.vmap(lambda _: windows.init(config.window))(jnp.arange(num_envs))
-    return Contexts(window=window, timestep=jnp.full((num_envs,), -1, jnp.int32))
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
@@ -69,12 +54,44 @@ def search(
       search: the search's configuration (static).
 
     Returns:
-      The new contexts and a `SearchOutput`.
+      The new contexts and a `SearchOutput`. A row whose observation or context makes the model
+      answer NaN is reported in `finite`; other rows do not notice. Restart it: its context is NaN.
 
     Raises:
       ValueError: a shape does not fit, or host arrays hold an action outside -1 .. A - 1 or a row
         without a legal action.
     """
+    arrays = _arrays(contexts, observation, last_action, legal, config)
+    contexts, out = _search(params, rng, contexts, *arrays, config=config, search=search)
+    return contexts, out
+
+
+def compiled(
+    params: Params | Prepared,
+    rng: jax.Array,
+    contexts: Contexts,
+    observation: ArrayLike,
+    last_action: ArrayLike,
+    legal: ArrayLike | None = None,
+    *,
+    config: WorldModelConfig,
+    search: SearchConfig,
+) -> jax.stages.Compiled:
+    """What `search` runs for these arguments: its text, and how much memory it takes."""
+    arrays = _arrays(contexts, observation, last_action, legal, config)
+    lowered = _search.lower(params, rng, contexts, *arrays, config=config, search=search)
+    program: jax.stages.Compiled = lowered.compile()
+    return program
+
+
+def _arrays(
+    contexts: Contexts,
+    observation: ArrayLike,
+    last_action: ArrayLike,
+    legal: ArrayLike | None,
+    config: WorldModelConfig,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Observations, last actions and legal actions, checked, as the jitted search takes them."""
     num_envs = contexts.timestep.shape[0]
     if legal is None:
         legal = np.ones((num_envs, config.num_actions), bool)
@@ -82,17 +99,11 @@ def search(
         x if isinstance(x, jax.Array) else np.asarray(x) for x in (observation, last_action, legal)
     )
     _validate(num_envs, observation, last_action, legal, config)
-    contexts, out = _search(
-        params,
-        rng,
-        contexts,
+    return (
         jnp.asarray(observation, jnp.float32),
         jnp.asarray(last_action, jnp.int32),
         jnp.asarray(legal, bool),
-        config=config,
-        search=search,
     )
-    return contexts, out
 
 
 def _validate(
@@ -133,22 +144,19 @@ def _search(
     folded = params.folded if isinstance(params, Prepared) else None
     variables = params.params if isinstance(params, Prepared) else params
     correction = world_model.slide_correction(variables, config=config)
-    encode = functools.partial(world_model.encode, variables, config=config)
-    push = functools.partial(step.root_step, variables, correction, config=config)
-    latent = jax.vmap(encode)(observation)
-    window, policy, value = jax.vmap(push)(contexts.window, last_action, latent)
-    starts = last_action == step.FIRST_STEP
-    contexts = Contexts(window, jnp.where(starts, 0, contexts.timestep + 1))
+    contexts, policy, value = advance(
+        variables, correction, contexts, observation, last_action, config=config
+    )
     root_value = support.to_scalar(value, config.support)
     if search.tree != "lightzero":
         return contexts, mctx_search.run(
-            variables, rng, window, policy, root_value, legal, correction, config, search
+            variables, rng, contexts, policy, root_value, legal, correction, config, search
         )
     noise_rng, action_rng = jax.random.split(rng)
     prior = trees.softmax(policy, legal)
     folded = fold(variables, config=config) if folded is None else folded
     noisy = _with_noise(noise_rng, prior, legal, search)
-    tree = own_token_search.run(folded, noisy, window, config, search)
+    tree = own_token_search.run(folded, noisy, contexts, config, search)
     visit_counts = trees.visit_counts(tree)
     return contexts, SearchOutput(
         action=mctx_search.choose(action_rng, visit_counts, legal, search.temperature),
@@ -158,6 +166,9 @@ def _search(
         prior=jnp.maximum(prior, 0.0),
         network_value=root_value,
         mean_depth=tree.total_depth / search.num_simulations,
+        finite=mctx_search.all_finite(
+            policy, root_value, trees.root_value(tree), tree.low, tree.high
+        ),
     )
 
 

@@ -10,6 +10,7 @@ COUNTERS = (
     "root_pool_hits",
     "node_pool_hits",
     "misses",
+    "rebuilt",
     "false_matches",
     "root_evictions",
     "node_evictions",

@@ -86,6 +86,7 @@ def init_store(
         nodes=make(node_slots, 1),
         epoch=jnp.zeros((), jnp.uint32),
         counters=statistics.init(),
+        latest=None if config.window.raw_size is None else jnp.full(num_envs, NO_SLOT),
         verify_keys=verify_keys,
     )
 
@@ -96,14 +97,21 @@ def num_envs(store: Store) -> int:
 
 
 def _pack(window: Window) -> Window:
-    """Leaves out slots that no stored window uses: `kv` [.., C, ..] to [.., C - 3, ..]."""
-    return _replace(window, kv=window.kv[..., : -(1 + BLOCK), :, :, :, :])
+    """Leaves out slots that no stored window uses: C becomes C - 3."""
+    raw = None if window.raw is None else window.raw[..., : -(1 + BLOCK), :]
+    return _replace(window, kv=window.kv[..., : -(1 + BLOCK), :, :, :, :], raw=raw)
 
 
 def _unpack(window: Window) -> Window:
     """Undoes `_pack`."""
-    pad = [(0, 0)] * (window.kv.ndim - 5) + [(0, 1 + BLOCK)] + [(0, 0)] * 4
-    return _replace(window, kv=jnp.pad(window.kv, pad))
+
+    def pad(rows: jax.Array, axis: int) -> jax.Array:
+        widths = [(0, 0)] * rows.ndim
+        widths[axis] = (0, 1 + BLOCK)
+        return jnp.pad(rows, widths)
+
+    raw = None if window.raw is None else pad(window.raw, -2)
+    return _replace(window, kv=pad(window.kv, -5), raw=raw)
 
 
 def latent_keys(store: Store, latent: jax.Array, env_id: jax.Array) -> jax.Array:
@@ -196,9 +204,24 @@ def add_roots(
         store.roots, keys, env_id, _pack(window), priorities=priority, valid=valid
     )
     lost = slot == NO_SLOT if valid is None else valid & (slot == NO_SLOT)
-    store = _replace(store, roots=roots)
+    store = _replace(store, roots=roots, latest=_with_latest(store, env_id, slot))
     store = _count(store, root_evictions=jnp.sum(evicted), not_stored=jnp.sum(lost))
     return store, _handle(store, roots, slot, 0)
+
+
+def _with_latest(store: Store, env_id: jax.Array, slot: jax.Array) -> jax.Array | None:
+    if store.latest is None:
+        return None
+    row = jnp.where(slot == NO_SLOT, num_envs(store), env_id)
+    return store.latest.at[row].set(slot, mode="drop")
+
+
+def latest_roots(store: Store, env_id: jax.Array) -> Window:
+    """Each environment's newest root window, also across `new_epoch`; empty where there is none.
+
+    For a store of windows with raw tokens: keys and values may be of older parameters.
+    """
+    return _unpack(pools.take(store.roots, jnp.asarray(store.latest)[env_id]))
 
 
 def add_nodes(
@@ -287,19 +310,29 @@ def clear_environment(store: Store, env_id: jax.Array | int) -> Store:
     """
     owner = store.nodes.records[:-1, pools.KEY + hashing.ENV_LANE]
     theirs = owner == jnp.asarray(env_id).astype(jnp.uint32)
+    latest = None if store.latest is None else store.latest.at[env_id].set(NO_SLOT)
     return _replace(
-        store, roots=pools.clear(store.roots, env_id), nodes=pools.remove(store.nodes, theirs)
+        store,
+        roots=pools.clear(store.roots, env_id),
+        nodes=pools.remove(store.nodes, theirs),
+        latest=latest,
     )
 
 
 def clear(store: Store) -> Store:
     """Forgets everything but the counters and the epoch."""
-    return _replace(store, roots=pools.clear(store.roots), nodes=pools.clear(store.nodes))
+    latest = None if store.latest is None else jnp.full_like(store.latest, NO_SLOT)
+    return _replace(
+        store, roots=pools.clear(store.roots), nodes=pools.clear(store.nodes), latest=latest
+    )
 
 
 def new_epoch(store: Store) -> Store:
-    """Says that the parameters changed: what was stored before can never be found again."""
-    return _replace(clear(store), epoch=store.epoch + 1)
+    """Says that the parameters changed: what was stored before can never be found again.
+
+    Only `latest_roots` still names the newest roots, for the sake of their raw tokens.
+    """
+    return _replace(clear(store), epoch=store.epoch + 1, latest=store.latest)
 
 
 def _count(store: Store, **amounts: jax.Array) -> Store:
@@ -317,6 +350,11 @@ def count_lookups(
     if roots_only:
         amounts |= {"root_queries": jnp.sum(asked), "root_hits": jnp.sum(asked & found.hit)}
     return _count(store, **amounts)
+
+
+def count_rebuilt(store: Store, rows: jax.Array) -> Store:
+    """Counts windows that were computed again after a miss: `rows` [B] bool."""
+    return _count(store, rebuilt=jnp.sum(rows))
 
 
 def count_padding(store: Store, length: jax.Array, rows: jax.Array) -> Store:

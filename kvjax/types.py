@@ -21,6 +21,7 @@ class Window:
 
     kv: jax.Array  # [C, L, 2, H, D], keys at 0 and values at 1 of the third axis
     length: jax.Array  # [] int32
+    raw: jax.Array | None = None  # [C, E] tokens before positions, where a mode keeps them
 
 
 @jax.tree_util.register_dataclass
@@ -74,6 +75,7 @@ class SearchOutput:
     prior: jax.Array  # [B, A] the network's policy over legal actions, noise left out
     network_value: jax.Array  # [B] the network's own value of the root
     mean_depth: jax.Array  # [B] edges below the root, mean over simulations
+    finite: jax.Array  # [B] bool, False: the model answered NaN or infinity, discard the row
 
 
 @functools.partial(
@@ -94,7 +96,7 @@ class Pool:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("roots", "nodes", "epoch", "counters"),
+    data_fields=("roots", "nodes", "epoch", "counters", "latest"),
     meta_fields=("verify_keys",),
 )
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +107,7 @@ class Store:
     nodes: Pool  # a single segment
     epoch: jax.Array  # [] uint32, counts parameter updates
     counters: jax.Array  # [N] uint32, see `kvjax.statistics.COUNTERS`
+    latest: jax.Array | None  # [P] int32 slot of each newest root, where raw tokens are kept
     verify_keys: bool  # static: keys hold the latent itself
 
 

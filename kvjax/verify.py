@@ -1,5 +1,7 @@
 """Replays a recorded LightZero trace and reports how far kvjax is from its answers.
 
+Here are traces of a world model; `kvjax.verify_trees` and `kvjax.verify_episodes` have searches.
+
 Shapes: B environments, C context_length in tokens, L layers, H heads, D head size.
 """
 
@@ -16,10 +18,13 @@ import numpy as np
 
 from kvjax import step, world_model
 from kvjax import store as stores
+from kvjax.contexts import init_contexts
 from kvjax.inference import initial_inference, recurrent_inference
+from kvjax.lightzero import archive
 from kvjax.lightzero import trace as traces
-from kvjax.search import init_contexts
 from kvjax.types import Inference, Prediction, Window
+from kvjax.verify_episodes import EpisodeReport, verify_episodes
+from kvjax.verify_trees import TreeReport, verify_trees
 
 Array = np.ndarray[Any, Any]
 Comparison = tuple[str, Array, Array]
@@ -36,6 +41,9 @@ OUTPUTS = (
     "sim_value_logits",
 )
 _LENGTH = "length"
+
+TOLERANCE = 1e-4
+"""Largest absolute error that counts as equal."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,21 +64,45 @@ class Report:
         return dataclasses.asdict(self) | {"max_abs_error": errors}
 
 
-def verify(path: str | Path, *, route: str = "tree", tolerance: float = 1e-4) -> Report:
-    """Replays a world-model trace.
+def verify(
+    path: str | Path,
+    *,
+    route: str = "tree",
+    tolerance: float | None = None,
+    agent: str | Path | None = None,
+) -> Report | TreeReport | EpisodeReport:
+    """Replays a trace of any kind.
 
     Args:
-      path: a trace, see `kvjax.lightzero.trace`.
+      path: a trace, see `kvjax.lightzero.archive`.
       route: "tree" finds each parent by its node index and carries the root windows from step to
-        step; "store" looks both up by their latents.
-      tolerance: largest absolute error that counts as equal.
+        step; "store" looks both up by their latents, and a tree is the host's.
+      tolerance: largest error that counts as equal: absolute, 1e-4, for a world model's answers;
+        relative, for root values: 1e-5 of trees, 1e-4 of episodes.
+      agent: who played an episode trace, see `kvjax.verify_episodes.verify_episodes`.
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: not a trace that can be replayed, or a tolerance that is no number >= 0.
+      ValueError: not a trace that can be replayed, a tolerance that is no number >= 0, or an agent
+        for a trace that brings its own network.
     """
-    if not tolerance >= 0.0:
+    if tolerance is not None and not tolerance >= 0.0:
         raise ValueError(f"tolerance must be at least 0, got {tolerance}")
+    given = {} if tolerance is None else {"tolerance": tolerance}
+    kind = archive.kind(path, archive.read_arrays(path))
+    if kind == "episodes":
+        return verify_episodes(path, route=route, agent=agent, **given)
+    if agent is not None:
+        raise ValueError(f"{path} is a trace of {kind} and brings its own network: no checkpoint")
+    if kind == "trees":
+        return verify_trees(path, route=route, **given)
+    return verify_world_model(path, route=route, **given)
+
+
+def verify_world_model(
+    path: str | Path, *, route: str = "tree", tolerance: float = TOLERANCE
+) -> Report:
+    """Replays a world-model trace; arguments and errors are those of `verify`."""
     trace = traces.read(path)
     errors = dict.fromkeys(OUTPUTS, 0.0)
     mismatches = 0
@@ -101,21 +133,23 @@ def _replay_tree(trace: traces.Trace) -> Iterator[Comparison]:
     config = trace.config
     correction = world_model.slide_correction(trace.params, config=config)
     root_step = jax.jit(
-        jax.vmap(functools.partial(step.root_step, config=config), in_axes=(None, None, 0, 0, 0))
+        jax.vmap(functools.partial(step.root_step, config=config), in_axes=(None, None, 0, 0, 0, 0))
     )
     imagine = _recurrent_step(trace)
     window = init_contexts(config, trace.num_envs).window
     for recorded in trace.steps():
-        action = recorded["action"].astype(np.int32)
+        action, timestep = (recorded[name].astype(np.int32) for name in ("action", "timestep"))
         window, policy, value = root_step(
-            trace.params, correction, window, action, recorded["latent"]
+            trace.params, correction, window, action, recorded["latent"], timestep
         )
         yield from _compare_root(window, policy, value, recorded)
         nodes = [window]
         for index in range(trace.num_simulations):
             parents = _gather(nodes, recorded["parent"][index])
-            action = recorded["sim_action"][index].astype(np.int32)
-            child, prediction = imagine(trace.params, correction, parents, action)
+            action, depth = (
+                recorded[name][index].astype(np.int32) for name in ("sim_action", "depth")
+            )
+            child, prediction = imagine(trace.params, correction, parents, action, depth, timestep)
             nodes.append(child)
             yield from _compare_prediction(prediction, recorded, index)
 
@@ -125,10 +159,10 @@ def _recurrent_step(trace: traces.Trace) -> Any:
     one_item = functools.partial(step.recurrent_step, config=trace.config)
 
     @jax.jit
-    def batched(params: Any, correction: jax.Array, window: Window, action: jax.Array) -> Any:
+    def batched(params: Any, correction: jax.Array | None, window: Window, *rows: Any) -> Any:
         pads = jnp.max(window.length) - window.length if trace.pads_are_read else None
-        return jax.vmap(lambda w, a, p: one_item(params, correction, w, a, zero_keys=p))(
-            window, action, pads
+        return jax.vmap(lambda pad, *row: one_item(params, correction, *row, zero_keys=pad))(
+            pads, window, *rows
         )
 
     return batched

@@ -5,6 +5,7 @@ The model reads a window and returns the new token's keys and values; it never w
 Shapes: E embedding size, L layers, H heads, D head size, A actions, S support bins.
 """
 
+import dataclasses
 from typing import Any
 
 import chex
@@ -13,51 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvjax.config import Norm, WorldModelConfig
+from kvjax import encoders
+from kvjax.config import WorldModelConfig
+from kvjax.encoders import Normalise, layer_norm
 from kvjax.ops import attention, position
-from kvjax.ops.window import valid_mask
+from kvjax.ops import window as windows
 from kvjax.types import Params, Window
-
-EPSILON = 1e-5
-"""Of LayerNorm and BatchNorm, as in torch."""
 
 _EXPANSION = 4
 """Hidden width of the feed-forward layers and of main's heads, in units of E."""
-
-
-def _layer_norm(name: str | None = None) -> nn.LayerNorm:
-    return nn.LayerNorm(epsilon=EPSILON, use_fast_variance=False, name=name)
-
-
-class _Normalise(nn.Module):
-    """The norm that ends an encoder or an observation head: SimNorm or LayerNorm."""
-
-    kind: Norm
-    group: int
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        if self.kind == "layernorm":
-            normed: jax.Array = _layer_norm(name="norm")(x)
-            return normed
-        grouped: jax.Array = jax.nn.softmax(x.reshape(-1, self.group), axis=-1)
-        return grouped.reshape(x.shape)
-
-
-class _Encoder(nn.Module):
-    """Vector observation to latent: [observation_size] -> [E]."""
-
-    config: WorldModelConfig
-
-    def setup(self) -> None:
-        self.input = nn.Dense(self.config.embed_dim)
-        self.batch_norm = nn.BatchNorm(use_running_average=True, epsilon=EPSILON)
-        self.output = nn.Dense(self.config.embed_dim)
-        self.final = _Normalise(self.config.encoder_norm, self.config.simnorm_group)
-
-    def __call__(self, observation: jax.Array) -> jax.Array:
-        hidden = nn.gelu(self.batch_norm(self.input(observation)))
-        return self.final(self.output(hidden))
 
 
 class _Head(nn.Module):
@@ -68,9 +33,9 @@ class _Head(nn.Module):
 
     def setup(self) -> None:
         if self.config.layout == "main":
-            self.input_norm = _layer_norm()
+            self.input_norm = layer_norm()
             self.hidden = nn.Dense(_EXPANSION * self.config.embed_dim)
-            self.hidden_norm = _layer_norm()
+            self.hidden_norm = layer_norm()
         else:
             self.hidden = nn.Dense(self.config.embed_dim)
         self.output = nn.Dense(self.size)
@@ -90,21 +55,44 @@ class _Block(nn.Module):
 
     def setup(self) -> None:
         width = self.config.embed_dim
-        self.attention_norm, self.feed_forward_norm = _layer_norm(), _layer_norm()
+        self.attention_norm, self.feed_forward_norm = layer_norm(), layer_norm()
         self.query, self.key = nn.Dense(width), nn.Dense(width)
         self.value, self.projection = nn.Dense(width), nn.Dense(width)
         self.expand, self.contract = nn.Dense(_EXPANSION * width), nn.Dense(width)
 
     def __call__(
-        self, x: jax.Array, cached: jax.Array, valid: jax.Array, zero_keys: jax.Array | None
+        self,
+        x: jax.Array,
+        cached: jax.Array,
+        valid: jax.Array,
+        rotation: jax.Array | None,
+        zero_keys: jax.Array | None,
+    ) -> tuple[jax.Array, jax.Array]:
+        query, fresh = self._query_and_fresh(x, rotation)
+        read = attention.attend(query, fresh, cached, valid, zero_keys)
+        return self._after_attention(x, read.reshape(-1)), fresh
+
+    def sequence(
+        self, x: jax.Array, earlier: jax.Array, rotation: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """T tokens at once: x [T, E]; each reads the `earlier` ones [T, T] bool and itself."""
+        query, fresh = jax.vmap(self._query_and_fresh)(x, rotation)
+        read = jax.vmap(attention.attend, (0, 0, None, 0))(query, fresh, fresh, earlier)
+        return self._after_attention(x, read.reshape(len(x), -1)), fresh
+
+    def _query_and_fresh(
+        self, x: jax.Array, rotation: jax.Array | None
     ) -> tuple[jax.Array, jax.Array]:
         heads = (self.config.num_heads, -1)
         normed = self.attention_norm(x)
-        query = self.query(normed).reshape(heads)
-        fresh = jnp.stack([self.key(normed).reshape(heads), self.value(normed).reshape(heads)])
-        read = attention.attend(query, fresh, cached, valid, zero_keys)
-        x = x + self.projection(read.reshape(-1))
-        return x + self.contract(nn.gelu(self.expand(self.feed_forward_norm(x)))), fresh
+        query, key = self.query(normed).reshape(heads), self.key(normed).reshape(heads)
+        if rotation is not None:
+            query, key = position.rotate(query, rotation), position.rotate(key, rotation)
+        return query, jnp.stack([key, self.value(normed).reshape(heads)])
+
+    def _after_attention(self, x: jax.Array, read: jax.Array) -> jax.Array:
+        x = x + self.projection(read)
+        return x + self.contract(nn.gelu(self.expand(self.feed_forward_norm(x))))
 
 
 class WorldModel(nn.Module):
@@ -114,15 +102,16 @@ class WorldModel(nn.Module):
 
     def setup(self) -> None:  # noqa: D102
         config = self.config
-        if config.observation_size is not None:
-            self.encoder = _Encoder(config)
-        self.position_embedding = nn.Embed(config.max_tokens, config.embed_dim)
+        if config.has_encoder:
+            self.encoder = encoders.make(config)
+        if config.max_tokens is not None:
+            self.position_embedding = nn.Embed(config.max_tokens, config.embed_dim)
         self.action_embedding = nn.Embed(config.num_actions, config.embed_dim)
         self.blocks = [_Block(config) for _ in range(config.num_layers)]
-        self.final_norm = _layer_norm()
+        self.final_norm = layer_norm()
         self.reward_head = _Head(config, config.support_size)
         self.latent_head = _Head(config, config.embed_dim)
-        self.latent_final = _Normalise(config.latent_norm, config.simnorm_group)
+        self.latent_final = Normalise(config.latent_norm, config.simnorm_group)
         self.policy_head = _Head(config, config.num_actions)
         self.value_head = _Head(config, config.support_size)
 
@@ -132,26 +121,53 @@ class WorldModel(nn.Module):
         return position.continue_table(table, self.config.context_length)
 
     def encode(self, observation: jax.Array) -> jax.Array:
-        """[observation_size] -> latent [E]."""
-        if self.config.observation_size is None:
+        """One observation -> latent [E]."""
+        if not self.config.has_encoder:
             return observation
-        return self.encoder(observation)
+        latent: jax.Array = self.encoder(observation)
+        return latent
 
     def embed_action(self, action: jax.Array) -> jax.Array:
         """[] int32 -> token [E]."""
-        return self.action_embedding(action)
+        # Not called, since Flax's layer fails for a table of one row.
+        return jnp.take(self.action_embedding.embedding, action, axis=0)
 
     def token_step(
-        self, token: jax.Array, window: Window, zero_keys: jax.Array | None = None
+        self,
+        token: jax.Array,
+        window: Window,
+        position: jax.Array | None,
+        zero_keys: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """See `kvjax.world_model.token_step`."""
-        valid = valid_mask(window)
-        x = token + self.positions()[window.length]
+        valid = windows.valid_mask(window)
+        x, rotation = self._place(token, window.length if position is None else position)
         fresh = []
         for layer, block in enumerate(self.blocks):
-            x, kv = block(x, window.kv[:, layer], valid, zero_keys)
+            x, kv = block(x, window.kv[:, layer], valid, rotation, zero_keys)
             fresh.append(kv)
         return self.final_norm(x), jnp.stack(fresh)
+
+    def sequence(
+        self, tokens: jax.Array, positions: jax.Array, earlier: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """See `kvjax.world_model.sequence`."""
+        x, rotation = jax.vmap(self._place)(tokens, positions)
+        fresh = []
+        for block in self.blocks:
+            x, kv = block.sequence(x, earlier, rotation)
+            fresh.append(kv)
+        return self.final_norm(x), jnp.stack(fresh, axis=1)
+
+    def _place(
+        self, token: jax.Array, token_position: jax.Array
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Adds a learned position to a token [E], or says how to rotate its query and key."""
+        config = self.config
+        if not config.is_rotary:
+            return token + self.positions()[token_position], None
+        head_dim = config.window.head_dim
+        return token, position.rotation(token_position, head_dim, config.rope_theta)
 
     def at_action(self, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Heads read at an action token: reward logits [S] and next latent [E]."""
@@ -163,7 +179,7 @@ class WorldModel(nn.Module):
 
     def __call__(self, observation: jax.Array, action: jax.Array, window: Window) -> Any:
         """Touches every parameter once: what `init` needs."""
-        hidden, _ = self.token_step(self.encode(observation), window)
+        hidden, _ = self.token_step(self.encode(observation), window, None)
         return self.embed_action(action), self.at_action(hidden), self.at_observation(hidden)
 
 
@@ -177,10 +193,7 @@ def init_params(rng: jax.Array, config: WorldModelConfig) -> Params:
     Returns:
       Flax variables.
     """
-    window = Window(
-        kv=jnp.zeros((config.context_length, *config.window.token_shape), config.dtype),
-        length=jnp.zeros((), jnp.int32),
-    )
+    window = windows.init(config.window)
     observation = jnp.zeros(config.observation_shape)
     return WorldModel(config).init(rng, observation, jnp.zeros((), jnp.int32), window)
 
@@ -208,7 +221,7 @@ def _apply(config: WorldModelConfig, params: Params, *args: Any, method: str) ->
 
 
 def encode(params: Params, observation: jax.Array, *, config: WorldModelConfig) -> jax.Array:
-    """Observation [observation_size] to latent [E]; the identity for a model without encoder."""
+    """Observation [*observation_shape] to latent [E]; the identity for a model without encoder."""
     chex.assert_shape(observation, config.observation_shape)
     latent: jax.Array = _apply(config, params, observation, method="encode")
     return latent
@@ -225,17 +238,18 @@ def token_step(
     params: Params,
     token: jax.Array,
     window: Window,
+    position: jax.Array | None = None,
     *,
     config: WorldModelConfig,
     zero_keys: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Runs one token through the transformer, reading a window.
 
-    The token's position is the window's length.
-
     Args:
       token: [E], a latent or an embedded action, without position.
       window: what the token may attend to, `kv` [C, L, 2, H, D].
+      position: [] int32, where a rotary model places the token; the window's length by default,
+        which is where learned positions place it.
       zero_keys: see `kvjax.ops.attention.attend`.
 
     Returns:
@@ -243,8 +257,38 @@ def token_step(
     """
     chex.assert_shape(token, config.latent_shape)
     chex.assert_shape(window.kv, (config.context_length, *config.window.token_shape))
-    hidden, kv_token = _apply(config, params, token, window, zero_keys, method="token_step")
+    hidden, kv_token = _apply(
+        config, params, token, window, position, zero_keys, method="token_step"
+    )
     return hidden, kv_token
+
+
+def sequence(
+    params: Params,
+    tokens: jax.Array,
+    positions: jax.Array | None = None,
+    earlier: jax.Array | None = None,
+    *,
+    config: WorldModelConfig,
+) -> tuple[jax.Array, jax.Array]:
+    """Runs T tokens through the transformer at once, without a window.
+
+    Args:
+      tokens: [T, E], latents and embedded actions, without positions.
+      positions: [T] int32, 0 .. T - 1 by default; learned ones below C.
+      earlier: [T, T] bool, which tokens each one may attend to besides itself; all before it by
+        default.
+
+    Returns:
+      hidden [T, E] and keys and values [T, L, 2, H, D].
+    """
+    length = tokens.shape[0]
+    chex.assert_shape(tokens, (length, *config.latent_shape))
+    positions = jnp.arange(length, dtype=jnp.int32) if positions is None else positions
+    earlier = jnp.tril(jnp.ones((length, length), bool), k=-1) if earlier is None else earlier
+    chex.assert_shape([positions, earlier], [(length,), (length, length)])
+    hidden, kv = _apply(config, params, tokens, positions, earlier, method="sequence")
+    return hidden, kv
 
 
 def at_action(
@@ -270,7 +314,10 @@ def positions(params: Params, *, config: WorldModelConfig) -> jax.Array:
 
 
 def projected_positions(params: Params, *, config: WorldModelConfig) -> jax.Array:
-    """What each position adds to keys and values when LayerNorm is left out: [C, L, 2, H, D]."""
+    """What each position adds to keys and values when LayerNorm is left out: [C, L, 2, H, D].
+
+    For learned positions only.
+    """
     blocks = [params["params"][f"blocks_{layer}"] for layer in range(config.num_layers)]
     kernels = jnp.stack(
         [jnp.stack([block["key"]["kernel"], block["value"]["kernel"]]) for block in blocks]
@@ -278,10 +325,25 @@ def projected_positions(params: Params, *, config: WorldModelConfig) -> jax.Arra
     return position.project(positions(params, config=config), kernels, config.num_heads)
 
 
-def slide_correction(params: Params, *, config: WorldModelConfig) -> jax.Array:
+def slide_correction(params: Params, *, config: WorldModelConfig) -> jax.Array | None:
     """What `kvjax.ops.window.slide` needs for this model: [C - 3, L, 2, H, D].
 
-    Depends on the parameters alone: compute it once per call, outside the simulations' loop, and
-    it can never be older than the weights.
+    None unless the model's `window_mode` is "learned". Depends on the parameters alone: compute it
+    once per call, outside the simulations' loop, and it can never be older than the weights.
     """
+    if config.window_mode != "learned":
+        return None
     return position.slide_correction(projected_positions(params, config=config))
+
+
+def rebuild(params: Params, window: Window, *, config: WorldModelConfig) -> Window:
+    """Computes a window's keys and values again, from its raw tokens at positions 0 .. length - 1.
+
+    Args:
+      window: of at most C - 3 tokens, with `raw` [C, E] (window mode "rebuild").
+    """
+    kept = config.window.kept_length
+    _, kv = sequence(params, jnp.asarray(window.raw)[:kept], config=config)
+    valid = jnp.arange(kept) < window.length
+    kv = jnp.where(valid[:, None, None, None, None], kv, 0).astype(window.kv.dtype)
+    return dataclasses.replace(window, kv=jnp.zeros_like(window.kv).at[:kept].set(kv))

@@ -1,5 +1,6 @@
 """Shared models and files."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -31,6 +32,12 @@ def data() -> Path:
 @pytest.fixture(scope="session")
 def masked_agent():
     return checkpoint.load(checkpoint.shipped()["cartpole_masked"])
+
+
+def with_mode(config, mode):
+    """A configuration in another window mode; rotary ones have no position table."""
+    max_tokens = None if mode.startswith("rope") else 24
+    return dataclasses.replace(config, window_mode=mode, max_tokens=max_tokens)
 
 
 def random_params(config, seed=0):

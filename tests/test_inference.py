@@ -97,7 +97,9 @@ def test_an_episode_with_mixed_restarts_equals_carried_windows():
         kept = window_of(store, out, np.arange(ENVS))
         nodes = []
         for b in range(ENVS):
-            carried[b], policy, value = push(carried[b], jnp.int32(actions[t, b]), observed[t][b])
+            carried[b], policy, value = push(
+                carried[b], jnp.int32(actions[t, b]), observed[t][b], t
+            )
             np.testing.assert_allclose(out.policy[b], policy, atol=ATOL)
             np.testing.assert_allclose(out.value[b], value, atol=ATOL)
             chex.assert_trees_all_close(row(kept, b), carried[b], atol=ATOL)
@@ -110,7 +112,7 @@ def test_an_episode_with_mixed_restarts_equals_carried_windows():
             )
             assert out.hit.all()
             for b in range(ENVS):
-                nodes[b], expected = imagine(nodes[b], jnp.int32(action[b]))
+                nodes[b], expected = imagine(nodes[b], jnp.int32(action[b]), depth, t)
                 for name in ("latent", "reward", "policy", "value"):
                     np.testing.assert_allclose(
                         getattr(out, name)[b], getattr(expected, name), atol=ATOL
@@ -155,8 +157,8 @@ def test_a_miss_continues_from_the_last_observation_alone():
     assert not out.hit.any()
     assert out.valid.all()
     for b in range(ENVS):
-        alone, _, _ = push(windows.init(SMALL.window), jnp.int32(-1), latents(0)[b])
-        window, expected = imagine(alone, jnp.int32(2))
+        alone, _, _ = push(windows.init(SMALL.window), jnp.int32(-1), latents(0)[b], 0)
+        window, expected = imagine(alone, jnp.int32(2), 1, 0)
         np.testing.assert_allclose(out.value[b], expected.value, atol=ATOL)
         chex.assert_trees_all_close(
             row(window_of(store, out, np.arange(ENVS)), b), window, atol=ATOL
@@ -230,8 +232,8 @@ def test_reanalysis_looks_nothing_up_and_stores_nothing():
     for name in ("queries", "roots_stored", "nodes_stored"):
         assert after[name] == before[name]
     alone = windows.init(SMALL.window)
-    alone, _, _ = push(alone, jnp.int32(-1), latents(0)[1])
-    np.testing.assert_allclose(out.value[1], imagine(alone, jnp.int32(0))[1].value, atol=ATOL)
+    alone, _, _ = push(alone, jnp.int32(-1), latents(0)[1], 0)
+    np.testing.assert_allclose(out.value[1], imagine(alone, jnp.int32(0), 1, 0)[1].value, atol=ATOL)
 
 
 def test_equal_latents_of_two_histories_are_kept_apart_by_handle():
@@ -262,8 +264,8 @@ def test_equal_latents_of_two_histories_are_kept_apart_by_handle():
         )
         assert out.hit.all()
         for b in range(ENVS):
-            window, _ = exact(row(parent_windows, b), jnp.int32(action))
-            _, expected = exact(window, jnp.int32(2))
+            window, _ = exact(row(parent_windows, b), jnp.int32(action), 1, 0)
+            _, expected = exact(window, jnp.int32(2), 2, 0)
             np.testing.assert_allclose(out.value[b], expected.value, atol=ATOL)
 
 
@@ -395,7 +397,7 @@ def test_bfloat16_entries():
 def lowered(node_slots):
     store = init_store(SMALL, ENVS, SIMULATIONS, node_slots=node_slots)
     options = {"config": SMALL, "miss_policy": "context_free", "reanalysis": False}
-    ids = (zeros(), zeros(), zeros())
+    ids = (zeros(), zeros(), zeros(), zeros())
     yield (
         store,
         _recurrent.lower(

@@ -33,7 +33,7 @@ def replayed_logits(config, params, observed, actions):
     window, logits = windows.init(config.window), []
     for t, observation in enumerate(observed):
         action = jnp.int32(actions[t - 1] if t else step.FIRST_STEP)
-        window, policy, _ = push(window, action, encode(jnp.asarray(observation)))
+        window, policy, _ = push(window, action, encode(jnp.asarray(observation)), t)
         logits.append(policy)
     return np.stack(logits)
 
@@ -136,7 +136,7 @@ def poison(state, name):
             lambda s: poison(s, f"{W}tokenizer.encoder.fc_representation.0.bias"),
             "differs from the first copy",
         ),
-        (lambda s: s.pop(f"{W}pos_emb.weight"), "unsupported variant: rotary positions"),
+        (lambda s: s.pop(f"{W}pos_emb.weight"), "missing tensor pos_emb.weight"),
         (
             lambda s: s.update({f"{W}transformer.blocks.0.gate1.w_r.weight": torch.zeros(2)}),
             "GRU gating",
@@ -155,10 +155,8 @@ def poison(state, name):
             "register tokens",
         ),
         (
-            lambda s: s.update(
-                {"representation_network.downsample_net.conv1.weight": torch.zeros(2)}
-            ),
-            "image or text encoders",
+            lambda s: s.update({"representation_network.pretrained_model.weight": torch.zeros(2)}),
+            "text encoders",
         ),
         (lambda s: s.update({f"{W}transformer.blocks.0.attn.key.lora_A": torch.zeros(2)}), "LoRA"),
         (lambda s: s.update({"epoch": 3}), "epoch is a int, expected a tensor"),
@@ -181,10 +179,23 @@ class StandIn:
         return self._state
 
 
-@pytest.mark.parametrize("name", ["rotary_emb", "use_policy_logits_clip"])
-def test_a_module_of_an_unsupported_variant(state, name):
-    with pytest.raises(ValueError, match=f"unsupported variant: {name}"):
-        lightzero.load(StandIn(state, **{name: True}))
+def test_a_module_of_an_unsupported_variant(state):
+    with pytest.raises(ValueError, match="unsupported variant: use_policy_logits_clip"):
+        lightzero.load(StandIn(state, use_policy_logits_clip=True))
+
+
+def test_modes_that_exclude_each_other_are_refused_by_name(state, data):
+    both = {"rotary_emb": True, "rebuild_kv_window_from_tokens": True}
+    with pytest.raises(
+        ValueError, match="rotary_emb and rebuild_kv_window_from_tokens exclude each other"
+    ):
+        lightzero.load(StandIn(state, **both))
+    with pytest.raises(ValueError, match='"rebuild" needs a table of learned positions'):
+        lightzero.load(data / ROPE, **OPTIONS, window_mode="rebuild")
+    with pytest.raises(ValueError, match='"rope_consistent" excludes learned positions'):
+        lightzero.load(data / MASKED, **OPTIONS, window_mode="rope_consistent")
+    with pytest.raises(ValueError, match="window_mode must be one of learned, rope_lightzero"):
+        lightzero.load(data / MASKED, **OPTIONS, window_mode="rope")
 
 
 def test_a_module_tells_its_own_configuration(state):
@@ -195,11 +206,6 @@ def test_a_module_tells_its_own_configuration(state):
 def test_a_module_without_configuration():
     with pytest.raises(ValueError, match="has no config: expected a LightZero WorldModel"):
         lightzero.load(torch.nn.Linear(2, 2))
-
-
-def test_unsupported_checkpoint_is_refused_by_name(data):
-    with pytest.raises(ValueError, match="unsupported variant: rotary positions"):
-        lightzero.load(data / ROPE, **OPTIONS)
 
 
 def test_bad_files(data, tmp_path):
@@ -218,7 +224,7 @@ def test_bad_files(data, tmp_path):
         lightzero.load(tmp_path / "list.pth.tar", **OPTIONS)
     with pytest.raises(ValueError, match="expected a path, a state dict or a torch module, got"):
         lightzero.load(3, **OPTIONS)
-    with pytest.raises(ValueError, match=r"missing tensor pos_emb.weight"):
+    with pytest.raises(ValueError, match="missing tensor transformer.ln_f.weight"):
         lightzero.load({}, **OPTIONS)
 
 

@@ -1,4 +1,4 @@
-"""The native tree: LightZero's recorded searches, and windows of own tokens."""
+"""The search of own tokens and the folded model; recorded searches are in test_verify_search."""
 
 import dataclasses
 import functools
@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import SMALL, random_params
-from test_reference_tree import recorded_trees
+from conftest import SMALL, random_params, with_mode
 
 from kvjax import (
     SearchConfig,
@@ -18,68 +17,19 @@ from kvjax import (
     reference_tree,
     search,
     step,
-    tree,
     world_model,
 )
 from kvjax.ops import support
 from kvjax.ops import window as windows
 
 MAIN = dataclasses.replace(SMALL, layout="main", encoder_norm="layernorm", latent_norm="layernorm")
+GROUPS = dataclasses.replace(SMALL, simnorm_group=4)
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def searched(prior, answers, config):
-    def simulate(simulation, grown):
-        path = tree.select(grown, config)
-        edge = (jnp.arange(prior.shape[0]), *path.leaf())
-        new = [answers[name][edge] for name in ("reward", "value", "logits")]
-        return tree.expand(grown, path, simulation + 1, *new[:2], tree.softmax(new[2]), config)
-
-    return jax.lax.fori_loop(0, config.num_simulations, simulate, tree.init(prior, config))
-
-
-def test_two_hundred_recorded_searches(data):
-    compared = 0
-    for described, answers in recorded_trees(data):
-        config = SearchConfig(described["simulations"], discount=described["discount"])
-        batch = {name: jnp.asarray(value)[None] for name, value in answers.items()}
-        legal = batch["legal"].astype(bool)
-        prior = tree.softmax(batch["root_logits"], legal)
-        if described["noise"]:
-            prior = jnp.where(legal, prior * 0.75 + 0.25 * batch["noise"], tree.ILLEGAL)
-        answered = {name: batch[name] for name in ("reward", "value", "logits")}
-        grown = searched(prior, answered, config)
-        np.testing.assert_array_equal(tree.visit_counts(grown)[0], answers["visits"])
-        np.testing.assert_allclose(tree.root_value(grown)[0], answers["root_value"], rtol=1e-5)
-        compared += 1
-    assert compared == 200
-
-
-@pytest.mark.parametrize("seed", [1000, 1001])
-def test_recorded_episodes_of_the_trained_agent(data, masked_agent, seed):
-    """Identical visits and actions on all 200 steps of an episode, about 195 of them slid."""
-    with np.load(data / "cartpole_masked_episodes.npz") as archive:
-        names = ("obs", "action", "visits", "root_value")
-        recorded = {name: archive[f"seed{seed}/{name}"] for name in names}
-    config, contexts = masked_agent.config, init_contexts(masked_agent.config, 1)
-    params = prepare(masked_agent.params, config=config)
-    for t in range(200):
-        contexts, out = search(
-            params,
-            jax.random.key(0),
-            contexts,
-            recorded["obs"][[t]],
-            np.array([recorded["action"][t - 1] if t else -1]),
-            config=config,
-            search=SearchConfig(num_simulations=25),
-        )
-        np.testing.assert_array_equal(out.visit_counts[0], recorded["visits"][t])
-        np.testing.assert_allclose(out.root_value[0], recorded["root_value"][t], atol=2e-3)
-        assert out.action[0] == recorded["action"][t]
-
-
-@pytest.mark.parametrize("config", [SMALL, MAIN], ids=["0.2.0", "main"])
-def test_folded_model_equals_the_model(config):
+@pytest.mark.parametrize("many", [1, 10**6], ids=["products", "sums"])
+@pytest.mark.parametrize("config", [SMALL, MAIN, GROUPS], ids=["0.2.0", "main", "groups of 4"])
+def test_folded_model_equals_the_model(config, many, monkeypatch):
+    monkeypatch.setattr(fused, "_MANY_TOKENS", many)
     params = random_params(config)
     folded = fused.fold(params, config=config)
     length = jnp.asarray([0, 1, 3, 5])
@@ -96,22 +46,28 @@ def test_folded_model_equals_the_model(config):
         return own, reward, latent, policy, value
 
     expected = jax.vmap(one_row)(action, windows.Window(kv, length))
-    x = fused.embed_action(folded, action, length)
-    x, own = fused.token_step(folded, x, kv, valid)
+    x = fused.place(folded, fused.embed_action(folded, action), length)
+    cached = tuple(
+        tuple(kv[:, :, layer, kind].reshape(*kv.shape[:2], -1) for kind in range(2))
+        for layer in range(config.num_layers)
+    )
+    x, own = fused.token_step(folded, x, cached, valid, config=config)
+    own = jnp.stack(own, axis=1).reshape(4, *config.window.token_shape)
     heads = (*fused.at_action(folded, x, config=config), *fused.at_observation(folded, x))
     for ours, theirs in zip((own, *(head.T for head in heads)), expected, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 
-def window_search(params, window, policy, config, search_config):
+def window_search(params, window, policy, timestep, config, search_config):
     """One row with a whole window per node, on the host: what own tokens must equal."""
     correction = world_model.slide_correction(params, config=config)
     imagine = jax.jit(functools.partial(step.recurrent_step, params, correction, config=config))
     grown = reference_tree.init(policy, np.ones(len(policy), bool), search_config)
-    nodes = [window]
+    nodes, depths = [window], [0]
     for _ in range(search_config.num_simulations):
         parent, action = reference_tree.select(grown)
-        child, out = imagine(nodes[parent], jnp.int32(action))
+        depths.append(depths[parent] + 1)
+        child, out = imagine(nodes[parent], jnp.int32(action), depths[-1], timestep)
         nodes.append(child)
         reward, value = (
             float(support.to_scalar(x, config.support)) for x in (out.reward, out.value)
@@ -120,10 +76,23 @@ def window_search(params, window, policy, config, search_config):
     return grown
 
 
-@pytest.mark.parametrize("context_length", [4, 8, 20])
-def test_own_tokens_equal_whole_windows(context_length):
+MODES = (
+    ("learned", 4),
+    ("learned", 8),
+    ("learned", 20),
+    ("rope_lightzero", 8),
+    ("rope_consistent", 4),
+    ("rebuild", 8),
+    ("rebuild", 20),
+    ("reset", 4),
+    ("reset", 8),
+)
+
+
+@pytest.mark.parametrize(("mode", "context_length"), MODES)
+def test_own_tokens_equal_whole_windows(mode, context_length):
     """Deep searches from short, full and slid root windows; a row restarts on the way."""
-    config = dataclasses.replace(SMALL, context_length=context_length, max_tokens=24)
+    config = with_mode(dataclasses.replace(SMALL, context_length=context_length), mode)
     params, search_config = random_params(config), SearchConfig(num_simulations=30, discount=0.9)
     correction = world_model.slide_correction(params, config=config)
     push = jax.jit(functools.partial(step.root_step, params, correction, config=config))
@@ -135,6 +104,7 @@ def test_own_tokens_equal_whole_windows(context_length):
         action = rng.integers(0, 3, size=2)
         action[[t == 0, t in (0, 7)]] = -1
         before = contexts.window
+        timesteps = np.array([t, t % 7])
         contexts, out = search(
             params,
             jax.random.key(0),
@@ -147,8 +117,12 @@ def test_own_tokens_equal_whole_windows(context_length):
         if t % 4 == 3:
             for b in range(2):
                 held = jax.tree.map(lambda x, b=b: x[b], before)
-                window, policy, _ = push(held, jnp.int32(action[b]), encode(observation[b]))
-                grown = window_search(params, window, np.asarray(policy), config, search_config)
+                window, policy, _ = push(
+                    held, jnp.int32(action[b]), encode(observation[b]), timesteps[b]
+                )
+                grown = window_search(
+                    params, window, np.asarray(policy), timesteps[b], config, search_config
+                )
                 np.testing.assert_array_equal(
                     out.visit_counts[b], reference_tree.visit_counts(grown)
                 )

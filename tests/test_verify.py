@@ -12,27 +12,26 @@ from kvjax.lightzero import trace as traces
 from kvjax.ops import window as windows
 from kvjax.types import Window
 
-TRACES = ("lightzero_main_abs.npz", "lightzero_020_abs.npz")
+TRACES = (
+    "lightzero_main_abs.npz",
+    "lightzero_020_abs.npz",
+    "lightzero_main_rope.npz",
+    "lightzero_main_rebuild.npz",
+    "lightzero_main_reset.npz",
+)
 TOLERANCE = 1e-4
-
-
-@pytest.mark.parametrize("name", TRACES)
-def test_within_tolerance(data, name):
-    report = verify.verify(data / name)
-    assert report.ok
-    assert report.length_mismatches == 0
-    assert set(report.max_abs_error) == set(verify.OUTPUTS)
-    assert all(0 < error < TOLERANCE / 10 for error in report.max_abs_error.values())
-    assert (report.steps, report.simulations) == (8, 80)
 
 
 @pytest.mark.parametrize("route", ["tree", "store"])
 @pytest.mark.parametrize("name", TRACES)
-def test_store_route(data, name, route):
+def test_within_tolerance(data, name, route):
     report = verify.verify(data / name, route=route)
     assert report.ok
     assert report.route == route
-    assert max(report.max_abs_error.values()) < TOLERANCE / 10
+    assert report.length_mismatches == 0
+    assert set(report.max_abs_error) == set(verify.OUTPUTS)
+    assert all(0 < error < TOLERANCE / 10 for error in report.max_abs_error.values())
+    assert (report.steps, report.simulations) == (8, 80)
 
 
 @pytest.mark.parametrize("route", ["tree", "store"])
@@ -71,7 +70,7 @@ def break_correction(monkeypatch):
 
 def break_mask(monkeypatch):
     monkeypatch.setattr(
-        world_model, "valid_mask", lambda w: jnp.arange(w.kv.shape[0]) < jnp.maximum(w.length, 3)
+        windows, "valid_mask", lambda w: jnp.arange(w.kv.shape[0]) < jnp.maximum(w.length, 3)
     )
 
 
@@ -178,10 +177,14 @@ def set_config(arrays, **changes):
         (lambda a: set_config(a, heads=5), "num_heads must divide embed_dim 64, got 5"),
         (lambda a: set_config(a, envs=4), r"step0/action has shape \(3,\), expected \(4,\)"),
         (lambda a: set_config(a, steps=9), "step8/action is missing"),
-        (lambda a: set_config(a, rebuild=True), "exact rebuild .* not supported yet"),
-        (lambda a: set_config(a, reset=True), "exact reset .* not supported yet"),
+        (lambda a: set_config(a, rebuild=True, reset=True), "rebuild and reset exclude each"),
+        (lambda a: set_config(a, rope=True), '"rope_lightzero" excludes learned positions'),
+        (
+            lambda a: set_config(a, rope=True, rope_positions="mine"),
+            "rope_positions must be lightzero or consistent, got mine",
+        ),
         (lambda a: a.pop("step3/sim_action"), "step3/sim_action is missing"),
-        (lambda a: a.pop("weights/pos_emb.weight"), "rotary positions"),
+        (lambda a: a.pop("weights/pos_emb.weight"), "missing tensor pos_emb.weight"),
         (
             lambda a: a["weights/pos_emb.weight"].__setitem__((0, 0), np.nan),
             "pos_emb.weight holds 1 values that are NaN",
@@ -201,9 +204,6 @@ def test_bad_traces(data, tmp_path, change, message):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("lightzero_main_rope.npz", "rotary positions .* not supported yet"),
-        ("lightzero_main_trees.npz", "tree trace, which is not supported yet"),
-        ("cartpole_masked_episodes.npz", "episode trace, which is not supported yet"),
         ("cartpole_lightzero_0.2.0.pth.tar", "holds no config: it is no trace"),
     ],
 )

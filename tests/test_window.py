@@ -203,7 +203,7 @@ class BadInputTest(parameterized.TestCase):
         ({"num_layers": 0}, "num_layers must be a positive integer, got 0"),
         ({"num_heads": -1}, "num_heads must be a positive integer, got -1"),
         ({"head_dim": True}, "head_dim must be a positive integer, got True"),
-        ({"dtype": "float16"}, "float32, bfloat16, got 'float16'"),
+        ({"dtype": "float16"}, "float32, bfloat16, float64, got 'float16'"),
     )
     def test_configuration(self, change, message):
         fields = {"context_length": 8, "num_layers": 2, "num_heads": 3, "head_dim": 4}

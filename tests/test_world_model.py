@@ -28,7 +28,7 @@ def play(config, params, steps, actions, latents):
     for t in range(steps):
         action = jnp.int32(actions[t - 1] if t else step.FIRST_STEP)
         window, policy, value = step.root_step(
-            params, correction, window, action, latents[t], config=config
+            params, correction, window, action, latents[t], t, config=config
         )
         out.append((window, policy, value))
     return out
@@ -74,7 +74,7 @@ def test_imagined_step_equals_full_forward(config):
     actions, latents = episode(config, steps=2)
     window = play(config, params, 2, actions, latents)[-1][0]
     correction = world_model.slide_correction(params, config=config)
-    _, out = step.recurrent_step(params, correction, window, jnp.int32(1), config=config)
+    _, out = step.recurrent_step(params, correction, window, jnp.int32(1), 1, 1, config=config)
 
     action_token = reference["params"]["action_embedding"]["embedding"][1]
     tokens = np.concatenate([full_tokens(params, actions, latents), action_token[None]])
@@ -135,12 +135,13 @@ def test_batch_row_equals_row_alone_at_unequal_lengths(config, jit):
     action = jnp.asarray([0, 2, 1, 1])
     last_action = jnp.asarray([0, -1, 1, 2])  # the second row restarts among the others
     latent = jnp.asarray(episode(config, 4)[1])
-    imagined = maybe_jit(jax.vmap(imagine))(batch, action)
-    pushed = maybe_jit(jax.vmap(push))(batch, last_action, latent)
+    depth = jnp.arange(1, 5)
+    imagined = maybe_jit(jax.vmap(imagine))(batch, action, depth, depth)
+    pushed = maybe_jit(jax.vmap(push))(batch, last_action, latent, depth)
     for b, window in enumerate(rows):
-        alone = imagine(window, action[b])
+        alone = imagine(window, action[b], depth[b], depth[b])
         chex.assert_trees_all_close(jax.tree.map(lambda x, b=b: x[b], imagined), alone, atol=ATOL)
-        alone = push(window, last_action[b], latent[b])
+        alone = push(window, last_action[b], latent[b], depth[b])
         chex.assert_trees_all_close(jax.tree.map(lambda x, b=b: x[b], pushed), alone, atol=ATOL)
     assert np.asarray(pushed[0].length).tolist() == [3, 1, 5, 5]
 
@@ -154,7 +155,7 @@ def test_restart_forgets_the_past_exactly():
     restart = functools.partial(step.root_step, params, correction, config=SMALL)
     action = jnp.int32(step.FIRST_STEP)
     chex.assert_trees_all_equal(
-        restart(used, action, latents[3]), restart(fresh, action, latents[3])
+        restart(used, action, latents[3], 0), restart(fresh, action, latents[3], 0)
     )
 
 

@@ -16,7 +16,8 @@ import numpy as np
 from kvjax import lightzero
 from kvjax.bench import lightzero_020, timing
 from kvjax.config import SearchConfig
-from kvjax.search import init_contexts, prepare, search
+from kvjax.contexts import init_contexts
+from kvjax.search import prepare, search
 from kvjax.step import FIRST_STEP
 
 Progress = Callable[[float, str], None]

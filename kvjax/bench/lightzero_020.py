@@ -76,7 +76,7 @@ def _load(name: str) -> Any:
 
 def build_model(
     *,
-    observation_size: int,
+    observation_size: int | tuple[int, int, int],
     num_actions: int,
     embed_dim: int,
     num_layers: int,
@@ -88,8 +88,9 @@ def build_model(
     max_blocks: int = 10,
     seed: int = 0,
 ) -> Any:
-    """Build a `UniZeroModel` for vector observations, random weights, in evaluation mode.
+    """Build a `UniZeroModel` with random weights, in evaluation mode.
 
+    `observation_size` is a vector's size or an image's (channels, height, width).
     `num_envs` bounds the batch of a search. Categories are the integers of `[-support, support]`.
     The position table has `2 * max_blocks` rows; `context_length` counts tokens and must fit.
     """
@@ -98,11 +99,12 @@ def build_model(
     sizes |= {"num_simulations": num_simulations, "action_space_size": num_actions}
     sizes |= {"max_tokens": TOKENS_PER_BLOCK * max_blocks, "support_size": 2 * support + 1}
     sizes |= {"tokens_per_block": TOKENS_PER_BLOCK, "group_size": SIM_NORM_GROUP}
-    config = _load("easydict").EasyDict(_CONFIG | sizes, obs_type="vector", device="cpu")
+    config = _load("easydict").EasyDict(_CONFIG | sizes, device="cpu")
+    config.obs_type = "vector" if isinstance(observation_size, int) else "image"
     return _random_model(observation_size, config, seed)
 
 
-def _random_model(observation_size: int, config: Any, seed: int) -> Any:
+def _random_model(observation_size: Any, config: Any, seed: int) -> Any:
     """Seed and perturb all weights: a fresh observation head is zero, so all latents coincide."""
     torch, model_type = _load("torch"), _load("lzero.model.unizero_model").UniZeroModel
     with _quiet(), torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -159,10 +161,7 @@ class Searcher:
         steps; between starts B is fixed (else ValueError). `noise [B, A]` joins the root's prior
         with weight 0.25. The tree breaks ties at random, seeded by the clock.
         """
-        self._admit(observation, action)
-        previous, self._previous = self._previous, self._torch.tensor(observation).float()
-        batch = previous, action.tolist(), self._previous
-        output = self._model.initial_inference(*batch, self._timestep)
+        output = self.push(observation, action)
         value = self._tree.inverse_scalar_transform_handle(output.value)
         roots = self._search(output, noise)
         visits = np.asarray(roots.get_distributions(), np.int64)
@@ -173,6 +172,13 @@ class Searcher:
             policy_logits=output.policy_logits.numpy(),
             network_value=value.numpy()[:, 0].astype(np.float32),
         )
+
+    def push(self, observation: Floats, action: Ints) -> Any:
+        """Advance the contexts as `step` does, without a search: the network's root output."""
+        self._admit(observation, action)
+        previous, self._previous = self._previous, self._torch.tensor(observation).float()
+        batch = previous, action.tolist(), self._previous
+        return self._model.initial_inference(*batch, self._timestep)
 
     def _admit(self, observation: Floats, action: Ints) -> None:
         """Check a step's batch and advance the time steps; a first step forgets the past."""

@@ -1,27 +1,34 @@
-"""`kvjax bench search`: one whole search, beside LightZero 0.2.0's where it is installed.
+"""`kvjax bench search`: one whole search, beside three others of the same model.
 
-Both search the same kind of model with random weights, step after step of an episode, so that
-windows are as full as in play.
+They are mctx with a window per node, the floor (`kvjax.bench.floor`) and LightZero 0.2.0 where it
+is installed. All search the same random weights, step after step of an episode, so that windows are
+as full as in play.
 """
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import jax
 import numpy as np
 
 from kvjax import lightzero, world_model
-from kvjax.bench import lightzero_020, timing
+from kvjax.bench import floor, lightzero_020, timing
 from kvjax.config import SearchConfig, Tree, WorldModelConfig
-from kvjax.search import init_contexts, prepare, search
+from kvjax.contexts import init_contexts
+from kvjax.search import compiled, prepare, search
 from kvjax.step import FIRST_STEP
+from kvjax.types import Params
 
 Progress = Callable[[float, str], None]
 
 _OBSERVATION_SIZE = 4
 _NUM_ACTIONS = 6
-_MAX_BLOCKS = 10
+_MIN_BLOCKS = 10
+_BLOCK = 2  # tokens of a step
+_WARMUP = 2  # rounds that compile
+_MIB = 2**20
+T = TypeVar("T")
 _TREES: dict[str, Tree] = {"kvjax": "lightzero", "mctx": "muzero"}
 
 
@@ -37,16 +44,30 @@ class Case:
     simulations: int
     repeats: int = 15
 
+    SIZES: ClassVar = ("embed", "layers", "context", "envs", "simulations")
+
     def label(self) -> str:
         """What `--only` is matched against."""
-        names = ("embed", "layers", "context", "envs", "simulations")
-        return ",".join(f"{name}={getattr(self, name)}" for name in names)
+        return ",".join(f"{name}={getattr(self, name)}" for name in self.SIZES)
+
+    @property
+    def blocks(self) -> int:
+        """Steps that fill a window."""
+        return self.context // _BLOCK
+
+    @property
+    def max_blocks(self) -> int:
+        """Length of the position table, in blocks."""
+        return max(_MIN_BLOCKS, self.blocks)
 
 
 CASES = (
-    Case(embed=64, layers=2, heads=8, context=8, envs=8, simulations=50),
+    Case(embed=64, layers=2, heads=8, context=8, envs=8, simulations=50, repeats=15),
+    Case(embed=768, layers=2, heads=8, context=8, envs=8, simulations=50, repeats=7),
     Case(embed=64, layers=2, heads=8, context=8, envs=64, simulations=50, repeats=7),
-    Case(embed=768, layers=2, heads=8, context=8, envs=8, simulations=50, repeats=5),
+    Case(embed=64, layers=2, heads=8, context=8, envs=256, simulations=50, repeats=5),
+    Case(embed=64, layers=2, heads=8, context=64, envs=8, simulations=200, repeats=5),
+    Case(embed=768, layers=2, heads=8, context=64, envs=8, simulations=200, repeats=1),
 )
 
 
@@ -64,33 +85,44 @@ def run(*, only: str = "", progress: Progress = lambda fraction, text: None) -> 
     if not cases:
         labels = "; ".join(case.label() for case in CASES)
         raise ValueError(f"no benchmark row matches {only!r}; rows are {labels}")
-    rows = []
+    total, rows = sum(_rounds(case) for case in cases), []
     for index, case in enumerate(cases):
-        progress(index / len(cases), case.label())
-        rows.append(_row(case))
+        before, label = sum(_rounds(case) for case in cases[:index]), case.label()
+        progress(before / total, f"{label}: building")
+        rows.append(
+            _row(case, lambda text, turn: progress((before + turn) / total, f"{label}: {text}"))  # noqa: B023
+        )
     progress(1.0, "done")
     return {"machine": timing.machine(), "versions": timing.versions(), "rows": rows}
 
 
-def _row(case: Case) -> dict[str, Any]:
+def _row(case: Case, progress: Callable[[str, int], None]) -> dict[str, Any]:
     model = _lightzero_model(case) if lightzero_020.available() else None
-    candidates = {name: _kvjax_search(case, model, tree) for name, tree in _TREES.items()}
+    config, params = _model(case, model)
+    searches = {name: _Search(case, config, params, tree) for name, tree in _TREES.items()}
+    candidates: dict[str, Callable[[], None]] = {k: one.step for k, one in searches.items()}
+    folded = searches["kvjax"].prepared.folded
+    candidates["floor"] = floor.make(folded, rows=case.envs, simulations=case.simulations)
     if model is not None:
         candidates["lightzero"] = _lightzero_search(case, model)
-    medians = timing.medians_in_turn(candidates, repeats=case.repeats)
-    row = {
-        "embed": case.embed,
-        "layers": case.layers,
-        "context": case.context,
-        "envs": case.envs,
-        "simulations": case.simulations,
-        "kvjax_ms": medians["kvjax"],
-        "mctx_ms": medians["mctx"],
-    }
+    medians = timing.medians_in_turn(
+        candidates, repeats=case.repeats, warmup=_WARMUP, progress=progress
+    )
+    ours = medians["kvjax"]
+    row = {name: getattr(case, name) for name in Case.SIZES}
+    row |= {f"{name}_ms": medians[name] for name in candidates}
+    row["floor_ratio"] = ours / medians["floor"]
+    row["mctx_ratio"] = medians["mctx"] / ours
     if model is not None:
-        row["lightzero_ms"] = medians["lightzero"]
-        row["lightzero_ratio"] = medians["lightzero"] / medians["kvjax"]
+        row["lightzero_ratio"] = medians["lightzero"] / ours
+    row["mean_depth"] = searches["kvjax"].mean_depth
+    row["tree_mib"] = searches["kvjax"].temporary_mib()
+    row["mctx_tree_mib"] = searches["mctx"].temporary_mib()
     return row
+
+
+def _rounds(case: Case) -> int:
+    return _WARMUP + case.repeats
 
 
 def _lightzero_model(case: Case) -> Any:
@@ -103,50 +135,64 @@ def _lightzero_model(case: Case) -> Any:
         context_length=case.context,
         num_envs=case.envs,
         num_simulations=case.simulations,
-        max_blocks=_MAX_BLOCKS,
+        max_blocks=case.max_blocks,
     )
 
 
-def _kvjax_search(case: Case, model: Any | None, tree: Tree) -> Callable[[], None]:
-    """One search per call, with LightZero's weights if it is there."""
+def _model(case: Case, model: Any | None) -> tuple[WorldModelConfig, Params]:
+    """LightZero's weights if it is there."""
     if model is not None:
-        config, params = lightzero.load(model)
-    else:
-        config = WorldModelConfig(
-            embed_dim=case.embed,
-            num_layers=case.layers,
-            num_heads=case.heads,
-            num_actions=_NUM_ACTIONS,
-            context_length=case.context,
-            max_tokens=2 * _MAX_BLOCKS,
-            observation_size=_OBSERVATION_SIZE,
-        )
-        params = world_model.init_params(jax.random.key(0), config)
-    search_config = SearchConfig(num_simulations=case.simulations, tree=tree)
-    observation, prepared = _observations(case), prepare(params, config=config)
-    contexts = init_contexts(config, case.envs)
-    action: Any = np.full(case.envs, FIRST_STEP)
+        loaded: tuple[WorldModelConfig, Params] = lightzero.load(model)
+        return loaded
+    config = WorldModelConfig(
+        embed_dim=case.embed,
+        num_layers=case.layers,
+        num_heads=case.heads,
+        num_actions=_NUM_ACTIONS,
+        context_length=case.context,
+        max_tokens=_BLOCK * case.max_blocks,
+        observation_size=_OBSERVATION_SIZE,
+    )
+    return config, world_model.init_params(jax.random.key(0), config)
 
-    def step() -> None:
-        nonlocal contexts, action
-        contexts, out = search(
-            prepared,
-            jax.random.key(0),
-            contexts,
-            observation,
-            action,
-            config=config,
-            search=search_config,
-        )
-        action = np.asarray(out.action)
 
-    return step
+class _Search:
+    """One step of an episode per call of `step`; windows are full from the first."""
+
+    def __init__(self, case: Case, config: WorldModelConfig, params: Params, tree: Tree) -> None:
+        self.prepared = prepare(params, config=config)
+        self.mean_depth = 0.0  # of the last search, mean over rows
+        short = SearchConfig(num_simulations=1)
+        self._config, self._observation = config, _observations(case)
+        self._contexts = init_contexts(config, case.envs)
+        self._action: Any = np.full(case.envs, FIRST_STEP)
+        for _ in range(case.blocks):
+            self._contexts, out = self._run(search, short)
+            self._action = np.asarray(out.action)
+        self._search = SearchConfig(num_simulations=case.simulations, tree=tree)
+
+    def _run(self, function: Callable[..., T], search_config: SearchConfig) -> T:
+        arrays = self._contexts, self._observation, self._action
+        key = jax.random.key(0)
+        return function(self.prepared, key, *arrays, config=self._config, search=search_config)
+
+    def step(self) -> None:
+        self._contexts, out = self._run(search, self._search)
+        self._action = np.asarray(out.action)
+        self.mean_depth = float(np.mean(out.mean_depth))
+
+    def temporary_mib(self) -> float:
+        """What the compiled search holds beside its arguments and results."""
+        memory: Any = self._run(compiled, self._search).memory_analysis()
+        return float(memory.temp_size_in_bytes) / _MIB
 
 
 def _lightzero_search(case: Case, model: Any) -> Callable[[], None]:
     searcher = lightzero_020.Searcher(model)
     observation = _observations(case)
     action: Any = np.full(case.envs, FIRST_STEP)
+    for _ in range(case.blocks):
+        action = searcher.push(observation, action).policy_logits.numpy().argmax(axis=1)
 
     def step() -> None:
         nonlocal action

@@ -16,16 +16,21 @@ _PACKAGES = ("kvjax", "jax", "jaxlib", "flax", "mctx", "numpy", "torch", "LightZ
 
 
 def medians_in_turn(
-    candidates: Mapping[str, Callable[[], None]], *, repeats: int, warmup: int = 2
+    candidates: Mapping[str, Callable[[], None]],
+    *,
+    repeats: int,
+    warmup: int = 2,
+    progress: Callable[[str, int], None] = lambda name, turn: None,
 ) -> dict[str, float]:
     """Median milliseconds of each candidate, run one after the other, round by round.
 
     A drift of the machine's speed then meets all of them alike. Candidates must block until their
-    work is done.
+    work is done. `progress` is told the name of each and the round before it runs.
     """
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for turn in range(warmup + repeats):
         for name, run in candidates.items():
+            progress(name, turn)
             started = time.perf_counter()
             run()
             if turn >= warmup:

@@ -17,7 +17,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from kvjax import world_model
-from kvjax.config import Norm, WorldModelConfig
+from kvjax.config import Layout, WindowMode, WorldModelConfig
+from kvjax.lightzero import encoder_tensors
 from kvjax.types import Params
 
 Tensors = dict[str, np.ndarray[Any, Any]]
@@ -25,6 +26,7 @@ Tensors = dict[str, np.ndarray[Any, Any]]
 IGNORED = (
     r"decoder_network\..*",
     r"head_dict\..*",
+    r"lpips\..*",
     r".*\.attn\.mask",
     r".*\.freqs_cis",
     r".*\.num_batches_tracked",
@@ -33,7 +35,6 @@ IGNORED = (
 
 _WRAPPERS = r"(?:^|(?<=\.))(?:_orig_mod|module)\."  # torch.compile, DistributedDataParallel
 _ENCODER_COPY = "tokenizer.encoder."
-_ENCODER = "representation_network."
 
 _UNSUPPORTED = {
     r"transformer\.blocks\.\d+\.gate[12]\.": "GRU gating",
@@ -42,7 +43,6 @@ _UNSUPPORTED = {
     r"act_embedding_table\.0\.": "continuous actions",
     r".*task_emb": "multi-task models",
     r".*register_token": "register tokens",
-    r"representation_network\.(downsample_net|pretrained_model)\.": "image or text encoders",
 }
 
 _LEAVES = {
@@ -66,6 +66,7 @@ _HEADS = {
     "value_head": "head_value",
 }
 _FEED_FORWARD = {"0.2.0": "mlp", "main": "feed_forward"}
+_POSITIONS = "pos_emb.weight"
 _LATENT_NORM = "head_observations.head_module.5"
 
 _log = logging.getLogger(__name__)
@@ -115,7 +116,7 @@ def read(source: Any, **options: Any) -> Imported:
     if not isinstance(source, Mapping):
         raise ValueError(f"expected a path, a state dict or a torch module, got {type(source)}")
     tensors, ignored = _canonical(source.get("model", source))
-    _refuse_unsupported(tensors)
+    _refuse_unsupported(tensors, ignored)
     config = _infer_config(tensors, options)
     params = _to_flax(tensors, config)
     return Imported(config, params, ignored)
@@ -148,13 +149,29 @@ def _module_options(module: Any) -> dict[str, Any]:
     config = getattr(getattr(module, "world_model", module), "config", None)
     if config is None:
         raise ValueError(f"{type(module).__name__} has no config: expected a LightZero WorldModel")
-    for name in ("rotary_emb", "use_policy_logits_clip"):
-        if getattr(config, name, False):
-            raise ValueError(f"unsupported variant: {name}")
+    if getattr(config, "use_policy_logits_clip", False):
+        raise ValueError("unsupported variant: use_policy_logits_clip")
     options = {"num_heads": config.num_heads, "context_length": config.context_length}
+    options["window_mode"] = _module_window_mode(config)
+    if getattr(config, "rotary_emb", False):
+        options["rope_theta"] = float(getattr(config, "rope_theta", 10000.0))
     if hasattr(config, "group_size"):
         options["simnorm_group"] = config.group_size
+    encoder = getattr(getattr(module, "tokenizer", None), "encoder", None)
+    options |= encoder_tensors.module_options(encoder)
     return options
+
+
+def _module_window_mode(config: Any) -> WindowMode:
+    modes: dict[str, WindowMode] = {
+        "rotary_emb": "rope_lightzero",
+        "rebuild_kv_window_from_tokens": "rebuild",
+        "exact_kv_window_reset": "reset",
+    }
+    said = [name for name in modes if getattr(config, name, False)]
+    if len(said) > 1:
+        raise ValueError(f"{' and '.join(said)} exclude each other")
+    return modes[said[0]] if said else "learned"
 
 
 def _to_numpy(tensor: Any) -> np.ndarray[Any, Any]:
@@ -176,7 +193,7 @@ def _canonical(state: Mapping[str, Any]) -> tuple[Tensors, tuple[str, ...]]:
             raise ValueError(f"{original} is a {type(tensor).__name__}, expected a tensor")
         name = re.sub(_WRAPPERS, "", original).removeprefix("world_model.")
         if name.startswith(_ENCODER_COPY):
-            name = _ENCODER + name.removeprefix(_ENCODER_COPY)
+            name = encoder_tensors.PREFIX + name.removeprefix(_ENCODER_COPY)
         name = name.removeprefix("tokenizer.")
         if any(re.fullmatch(pattern, name) for pattern in IGNORED):
             ignored.append(original)
@@ -190,16 +207,15 @@ def _canonical(state: Mapping[str, Any]) -> tuple[Tensors, tuple[str, ...]]:
     return tensors, tuple(ignored)
 
 
-def _refuse_unsupported(tensors: Tensors) -> None:
+def _refuse_unsupported(tensors: Tensors, ignored: tuple[str, ...]) -> None:
     for pattern, variant in _UNSUPPORTED.items():
         for name in tensors:
             if re.match(pattern, name):
                 raise ValueError(f"unsupported variant: {variant} (tensor {name})")
-    if "transformer.ln_f.weight" in tensors and "pos_emb.weight" not in tensors:
-        raise ValueError(
-            "unsupported variant: rotary positions (the checkpoint has a transformer and no"
-            " pos_emb.weight)"
-        )
+    encoder_tensors.refuse_unsupported(tensors)
+    has_rotations = any(name.endswith("freqs_cis") for name in ignored)  # only 0.2.0 saves them
+    if _layout(tensors) == "0.2.0" and not has_rotations and "transformer.ln_f.weight" in tensors:
+        _shape(tensors, _POSITIONS)
 
 
 def _shape(tensors: Tensors, name: str) -> tuple[int, ...]:
@@ -218,8 +234,10 @@ def _infer_config(tensors: Tensors, options: dict[str, Any]) -> WorldModelConfig
             raise ValueError(f"{name} is not stored in a LightZero checkpoint: pass {name}=...")
     inferred = _inferred_fields(tensors)
     for name in inferred.keys() & options.keys():
-        if name not in ("support",) and options[name] != inferred[name]:
+        if name != "support" and not encoder_tensors.agree(name, options[name], inferred[name]):
             raise ValueError(f"{name}={options[name]!r}, but the tensors say {inferred[name]!r}")
+    if inferred["max_tokens"] is None:
+        options = {"window_mode": "rope_lightzero"} | options
     config = WorldModelConfig(**(inferred | options))
     bins = _shape(tensors, _output_layer(tensors, "head_rewards"))[0]
     if config.support_size != bins:
@@ -228,41 +246,33 @@ def _infer_config(tensors: Tensors, options: dict[str, Any]) -> WorldModelConfig
 
 
 def _output_layer(tensors: Tensors, head: str) -> str:
-    layout = "main" if f"{head}.head_module.4.weight" in tensors else "0.2.0"
-    return f"{head}.head_module.{_HEAD_LAYERS[layout]['output']}.weight"
+    return f"{head}.head_module.{_HEAD_LAYERS[_layout(tensors)]['output']}.weight"
+
+
+def _layout(tensors: Tensors) -> Layout:
+    return "main" if "head_rewards.head_module.4.weight" in tensors else "0.2.0"
 
 
 def _inferred_fields(tensors: Tensors) -> dict[str, Any]:
-    max_tokens, embed_dim = _shape(tensors, "pos_emb.weight")
+    embed_dim = _shape(tensors, "transformer.ln_f.weight")[0]
+    is_rotary = _POSITIONS not in tensors
     layers = {m[1] for name in tensors if (m := re.match(r"transformer\.blocks\.(\d+)\.", name))}
     output = _output_layer(tensors, "head_rewards")
     bins = _shape(tensors, output)[0]
-    inferred: dict[str, Any] = {
+    return {
         "embed_dim": embed_dim,
         "num_layers": len(layers),
         "num_actions": _shape(tensors, "act_embedding_table.weight")[0],
-        "max_tokens": max_tokens,
+        "max_tokens": None if is_rotary else _shape(tensors, _POSITIONS)[0],
         "support": (-(bins // 2), bins // 2),
-        "layout": "main" if output.endswith("4.weight") else "0.2.0",
-        "latent_norm": _norm_kind(tensors, f"{_LATENT_NORM}.weight"),
-    }
-    first = f"{_ENCODER}fc_representation.0.weight"
-    if first in tensors:
-        inferred["observation_size"] = _shape(tensors, first)[1]
-        inferred["encoder_norm"] = _norm_kind(tensors, f"{_ENCODER}norm.weight")
-    return inferred
-
-
-def _norm_kind(tensors: Tensors, weight: str) -> Norm:
-    return "layernorm" if weight in tensors else "simnorm"
+        "layout": _layout(tensors),
+        "latent_norm": "layernorm" if f"{_LATENT_NORM}.weight" in tensors else "simnorm",
+    } | encoder_tensors.inferred_fields(tensors)
 
 
 def _modules(config: WorldModelConfig) -> Iterator[tuple[str, str]]:
     """Flax module paths and the torch modules that they come from."""
-    representation = f"{_ENCODER}fc_representation"
-    for name, index in {"input": 0, "batch_norm": 1, "output": 3}.items():
-        yield f"encoder/{name}", f"{representation}.{index}"
-    yield "encoder/final/norm", f"{_ENCODER}norm"
+    yield from encoder_tensors.modules(config)
     yield "position_embedding", "pos_emb"
     yield "action_embedding", "act_embedding_table"
     feed_forward = _FEED_FORWARD[config.layout]
@@ -289,10 +299,13 @@ def _to_flax(tensors: Tensors, config: WorldModelConfig) -> Params:
         name = f"{modules['/'.join(path[1:-1])]}.{_LEAVES[path[-1]]}"
         if name not in remaining:
             raise ValueError(f"missing tensor {name}")
-        is_kernel = path[-1] == "kernel"  # flax keeps [in, out], torch [out, in]
-        value = remaining.pop(name)
-        world_model.check_parameter(name, value, leaf.shape[::-1] if is_kernel else leaf.shape)
-        params[path] = jnp.array(value.T if is_kernel else value, leaf.dtype)
+        value, shape = remaining.pop(name), leaf.shape
+        is_kernel = path[-1] == "kernel"  # flax keeps [.., in, out], torch [out, in, ..]
+        if is_kernel:
+            shape = (shape[-1], shape[-2], *shape[:-2])
+        world_model.check_parameter(name, value, shape)
+        value = np.moveaxis(value, (1, 0), (-2, -1)) if is_kernel else value
+        params[path] = jnp.array(value, leaf.dtype)
     if remaining:
         raise ValueError(f"tensors that kvjax does not know: {', '.join(sorted(remaining))}")
     return unflatten_dict(params)

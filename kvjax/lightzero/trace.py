@@ -4,8 +4,6 @@ Shapes: B environments, E embedding size, A actions, S support bins, N simulatio
 """
 
 import dataclasses
-import json
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from kvjax.config import WorldModelConfig
-from kvjax.lightzero import checkpoint
+from kvjax.lightzero import archive, checkpoint
 from kvjax.types import Params
 
 Array = np.ndarray[Any, Any]
@@ -21,7 +19,6 @@ Array = np.ndarray[Any, Any]
 _INPUTS = ("action", "prev_latent", "latent", "timestep", "parent", "sim_action", "depth")
 _ANSWERS = ("policy_logits", "value_logits", "length")
 _SIMULATION_ANSWERS = ("reward_logits", "next_latent", "sim_policy_logits", "sim_value_logits")
-_MODES = {"rope": "rotary positions", "rebuild": "exact rebuild", "reset": "exact reset"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +51,7 @@ def read(path: str | Path) -> Trace:
       ValueError: the file is no trace, is incomplete, or needs a window mode that is not supported.
     """
     path = Path(path)
-    arrays = _read_arrays(path)
+    arrays = archive.read_arrays(path)
     described = _read_description(path, arrays)
     weights = {
         name.removeprefix("weights/"): array
@@ -64,7 +61,12 @@ def read(path: str | Path) -> Trace:
     if not weights:
         raise ValueError(f"{path} holds no weights: it is no world-model trace")
     config, params = checkpoint.load(
-        weights, num_heads=described["heads"], context_length=described["ctx"]
+        weights,
+        num_heads=described["heads"],
+        context_length=described["ctx"],
+        window_mode=archive.window_mode(path, described),
+        simnorm_group=described.get("simnorm_group", 8),
+        rope_theta=described.get("rope_theta", 10000.0),
     )
     trace = Trace(
         config=config,
@@ -79,37 +81,13 @@ def read(path: str | Path) -> Trace:
     return trace
 
 
-def _read_arrays(path: Path) -> dict[str, Array]:
-    if not path.is_file():
-        raise FileNotFoundError(f"no such trace: {path}")
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path} is not a readable .npz trace: no zip archive, or truncated")
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is not a readable .npz trace: {error}") from error
-
-
 def _read_description(path: Path, arrays: dict[str, Array]) -> dict[str, Any]:
-    if "meta" in arrays:
-        raise ValueError(f"{path} is a tree trace, which is not supported yet")
-    if "config" not in arrays:
-        raise ValueError(f"{path} holds no config: it is no trace")
-    try:
-        described = json.loads(str(arrays["config"]))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: config is no JSON: {error}") from error
-    if not isinstance(described, dict):
-        raise ValueError(f"{path}: config must be a JSON object, got {described!r}")
-    if "seeds" in described:
-        raise ValueError(f"{path} is an episode trace, which is not supported yet")
-    for mode, name in _MODES.items():
-        if described.get(mode):
-            raise ValueError(f"{path} needs {name} ({mode}), which is not supported yet")
-    missing = {"heads", "ctx", "envs", "steps", "sims", "source"} - described.keys()
-    if missing:
-        raise ValueError(f"{path}: config lacks {', '.join(sorted(missing))}")
+    found = archive.kind(path, arrays)
+    if found != "world model":
+        raise ValueError(f"{path} is a trace of {found}, not of a world model")
+    described = archive.read_config(path, arrays)
+    names = {"heads", "ctx", "envs", "steps", "sims", "source"}
+    archive.check_fields(path, "config", described, names)
     return described
 
 

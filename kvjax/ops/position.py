@@ -1,4 +1,4 @@
-"""Learned absolute positions: the table, its continuation, and what a slide must add.
+"""Positions of tokens: the learned table and what a slide must add; rotations.
 
 Shapes: C context_length in tokens, E embedding size, L layers, H heads, D head size.
 """
@@ -6,6 +6,7 @@ Shapes: C context_length in tokens, E embedding size, L layers, H heads, D head 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kvjax.config import BLOCK
 
@@ -64,3 +65,54 @@ def slide_correction(projected: jax.Array) -> jax.Array:
     chex.assert_rank(projected, 5)
     full_length = projected.shape[0] - 1
     return projected[: full_length - BLOCK] - projected[BLOCK:full_length]
+
+
+def rotation(position: jax.Array, head_dim: int, theta: float) -> jax.Array:
+    """Rotary embedding of a position: cosines and sines of its angles.
+
+    Angle i is `position / theta ** (2 i / D)`, computed from the integer: no table ends anywhere.
+
+    Args:
+      position: [] integer, the token's place in the episode.
+      head_dim: D, even.
+
+    Returns:
+      [2, D / 2] float32: cosines, sines.
+    """
+    chex.assert_rank(position, 0)
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    angles = position.astype(jnp.float32) * (1.0 / np.float32(theta) ** exponents)
+    return jnp.stack([jnp.cos(angles), jnp.sin(angles)])
+
+
+def rotate(heads: jax.Array, by: jax.Array) -> jax.Array:
+    """Turns each pair (2i, 2i + 1) of a query or key by angle i.
+
+    Args:
+      heads: [H, D].
+      by: [2, D / 2], from `rotation`.
+
+    Returns:
+      [H, D].
+    """
+    chex.assert_rank([heads, by], [2, 2])
+    even, odd = heads[:, ::2], heads[:, 1::2]
+    cos, sin = by.astype(heads.dtype)
+    turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+    return turned.reshape(heads.shape)
+
+
+def observation_position(
+    timestep: jax.Array, depth: jax.Array | int = 0, *, gap: int = 0
+) -> jax.Array:
+    """Where a rotary model places an observation's token: `2 (t + d)`, plus the gap if imagined.
+
+    The action's token that led there comes one before.
+
+    Args:
+      timestep: [] integer t of the search's root in its episode.
+      depth: [] integer d, edges below that root; 0 is the root itself.
+      gap: positions that are left out between a root and what is imagined from it: 2 in LightZero
+        (its root observation at step 1 sits at 2, the first imagined action at 5), 0 is consistent.
+    """
+    return BLOCK * (timestep + depth) + jnp.where(jnp.asarray(depth) > 0, gap, 0)

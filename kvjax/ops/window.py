@@ -1,6 +1,7 @@
 """Context windows of one item: init, append, align, slide. Batches come by `jax.vmap`.
 
-Shapes: C context_length in tokens, L layers, H heads, D head size. In the drawings a letter is a
+Shapes: C context_length in tokens, L layers, H heads, D head size, E width of a raw token, which is
+what some windows keep beside keys and values. In the drawings a letter is a
 token and a dot an empty (zero) slot.
 """
 
@@ -19,10 +20,18 @@ def init(config: WindowConfig) -> Window:
     """An empty window.
 
     Returns:
-      `Window` with `kv` zeros [C, L, 2, H, D] of `config.dtype` and `length` 0.
+      `Window` with `kv` zeros [C, L, 2, H, D] of `config.dtype` and `length` 0, and `raw` zeros
+      [C, E], float32 at least, if the configuration keeps raw tokens.
+
+    Raises:
+      ValueError: float64 without JAX's 64-bit mode.
     """
-    shape = (config.context_length, *config.token_shape)
-    return Window(kv=jnp.zeros(shape, config.dtype), length=jnp.zeros((), jnp.int32))
+    if jax.dtypes.canonicalize_dtype(config.dtype) != jnp.dtype(config.dtype):
+        raise ValueError('dtype float64 needs jax.config.update("jax_enable_x64", True)')
+    shape, size = (config.context_length, *config.token_shape), config.raw_size
+    raw_dtype = jnp.promote_types(config.dtype, jnp.float32)
+    raw = None if size is None else jnp.zeros((config.context_length, size), raw_dtype)
+    return Window(kv=jnp.zeros(shape, config.dtype), length=jnp.zeros((), jnp.int32), raw=raw)
 
 
 def is_full(window: Window) -> jax.Array:
@@ -30,7 +39,12 @@ def is_full(window: Window) -> jax.Array:
     return window.length >= window.kv.shape[0]
 
 
-def append(window: Window, kv_token: jax.Array) -> Window:
+def overflows(window: Window) -> jax.Array:
+    """Whether the window has reached C - 1 tokens, where `slide` drops a block: [] bool."""
+    return window.length >= window.kv.shape[0] - 1
+
+
+def append(window: Window, kv_token: jax.Array, raw_token: jax.Array | None = None) -> Window:
     """Writes one token behind the last one.
 
         [a b . .] + c -> [a b c .]
@@ -38,16 +52,28 @@ def append(window: Window, kv_token: jax.Array) -> Window:
     Args:
       window: `kv` [C, L, 2, H, D].
       kv_token: [L, 2, H, D], cast to the window's dtype.
+      raw_token: [E], for a window that keeps raw tokens.
 
     Returns:
       The longer window; the same window where `is_full`.
+
+    Raises:
+      ValueError: a raw token is missing, or the window keeps none.
     """
+    if (raw_token is None) != (window.raw is None):
+        keeps, got = ("none", "one") if window.raw is None else ("raw tokens", "none")
+        raise ValueError(f"the window keeps {keeps}, got {got} to append")
     chex.assert_rank([window.kv, kv_token], [_KV_RANK, _TOKEN_RANK])
     chex.assert_equal_shape_suffix([window.kv, kv_token], _TOKEN_RANK)
-    kv, token = jnp.asarray(window.kv), jnp.asarray(kv_token, window.kv.dtype)
+
+    def write(rows: jax.Array, row: jax.Array | None) -> jax.Array:
+        rows = jnp.asarray(rows)
+        return rows.at[window.length].set(jnp.asarray(row, rows.dtype), mode="drop")
+
     return Window(
-        kv=kv.at[window.length].set(token, mode="drop"),
-        length=jnp.minimum(window.length + 1, kv.shape[0]),
+        kv=write(window.kv, kv_token),
+        length=jnp.minimum(window.length + 1, window.kv.shape[0]),
+        raw=None if window.raw is None else write(window.raw, raw_token),
     )
 
 
@@ -134,10 +160,10 @@ def undo_trim_and_pad(aligned: AlignedWindow) -> Window:
     return jax.vmap(left_align)(aligned)
 
 
-def slide(window: Window, correction: jax.Array) -> Window:
+def slide(window: Window, correction: jax.Array | None = None) -> Window:
     """Drops the oldest block of a window that has reached C - 1 tokens; leaves a shorter one alone.
 
-    The kept tokens move to earlier positions, and `correction` is what that adds to each.
+    The kept tokens move to earlier slots, and `correction` is what that adds to each.
 
         C = 8:  [a b c d e f g .] -> [c' d' e' f' g' . . .]
                 [a b c d e . . .] -> [a b c d e . . .]
@@ -145,17 +171,24 @@ def slide(window: Window, correction: jax.Array) -> Window:
     Args:
       window: `kv` [C, L, 2, H, D].
       correction: [C - 3, L, 2, H, D], from `kvjax.ops.position.slide_correction`; slot i is added
-        to the token that lands in slot i.
+        to the token that lands in slot i. None adds nothing (rotary positions).
     """
-    chex.assert_rank([window.kv, correction], _KV_RANK)
+    chex.assert_rank(window.kv, _KV_RANK)
     capacity, *token_shape = window.kv.shape
     full_length = capacity - 1
     kept_length = full_length - BLOCK
-    chex.assert_shape(correction, (kept_length, *token_shape))
-    kept = window.kv[BLOCK:full_length] + correction.astype(window.kv.dtype)
-    zeros = jnp.zeros((capacity - kept_length, *token_shape), window.kv.dtype)
-    overflows = window.length >= full_length
+    if correction is not None:
+        chex.assert_shape(correction, (kept_length, *token_shape))
+    moves = overflows(window)
+
+    def shift(rows: jax.Array, added: jax.Array | None) -> jax.Array:
+        kept = rows[BLOCK:full_length]
+        kept = kept if added is None else kept + added.astype(rows.dtype)
+        zeros = jnp.zeros_like(rows[kept_length:])
+        return jnp.where(moves, jnp.concatenate([kept, zeros]), rows)
+
     return Window(
-        kv=jnp.where(overflows, jnp.concatenate([kept, zeros]), window.kv),
-        length=jnp.where(overflows, kept_length, window.length),
+        kv=shift(window.kv, correction),
+        length=jnp.where(moves, kept_length, window.length),
+        raw=None if window.raw is None else shift(window.raw, None),
     )

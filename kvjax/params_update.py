@@ -1,0 +1,57 @@
+"""What becomes of contexts when the weights change: nothing stale is ever read."""
+
+import functools
+from typing import overload
+
+import jax
+
+from kvjax import store as stores
+from kvjax import world_model
+from kvjax.config import WorldModelConfig
+from kvjax.contexts import init_contexts
+from kvjax.types import Contexts, Params, Store
+
+
+@overload
+def on_params_update(state: Contexts, params: Params, *, config: WorldModelConfig) -> Contexts: ...
+
+
+@overload
+def on_params_update(state: Store, params: Params, *, config: WorldModelConfig) -> Store: ...
+
+
+def on_params_update(
+    state: Contexts | Store, params: Params, *, config: WorldModelConfig
+) -> Contexts | Store:
+    """Carries a state over to new parameters. Call it whenever they change.
+
+    Contexts: in window mode "rebuild" keys and values are computed again from the raw tokens
+    (latents and actions as the old parameters embedded them); in the other modes the windows are
+    emptied and each row goes on from its next observation alone. Clocks run on.
+
+    A store: all windows are forgotten. In mode "rebuild" each environment's newest root can be
+    brought back, see the `miss_policy` "rebuild" of `initial_inference`.
+
+    Args:
+      state: `Contexts` or a `Store`.
+      params: the new parameters.
+
+    Raises:
+      TypeError: the state is neither.
+    """
+    if isinstance(state, Store):
+        return stores.new_epoch(state)
+    if not isinstance(state, Contexts):
+        raise TypeError(f"expected Contexts or a Store, got {type(state).__name__}")
+    contexts: Contexts = _renew(params, state, config=config)
+    return contexts
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
+def _renew(params: Params, contexts: Contexts, *, config: WorldModelConfig) -> Contexts:
+    if config.window_mode == "rebuild":
+        renew = functools.partial(world_model.rebuild, params, config=config)
+        window = jax.vmap(renew)(contexts.window)
+    else:
+        window = init_contexts(config, contexts.timestep.shape[0]).window
+    return Contexts(window, contexts.timestep)

@@ -1,0 +1,119 @@
+"""The benchmark of whole searches: its rows, and that its floor leaves nothing out."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import SMALL, random_params
+
+from kvjax import fused
+from kvjax.bench import floor, search, timing
+
+TINY = search.Case(embed=16, layers=2, heads=2, context=8, envs=2, simulations=3, repeats=1)
+
+
+@pytest.fixture
+def no_lightzero(monkeypatch):
+    monkeypatch.setattr(search.lightzero_020, "available", lambda: False)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_every_product_of_a_simulation_is_in_the_floor(layers):
+    config = dataclasses.replace(SMALL, num_layers=layers)
+    folded = fused.fold(random_params(config), config=config)
+    text = floor.compiled(folded, jnp.ones((16, 4)), simulations=5).as_text()
+    products = re.findall(r"f32\[(\d+),4\]\S* dot\(", text)
+    assert floor.num_products(layers) == len(products) == 8 * layers + 6
+    per_layer = ["48", "16", "64", "16"] * 2 * layers
+    hidden_and_outputs = ["32", "7", "16", "32", "3", "7"]
+    assert sorted(products) == sorted(per_layer + hidden_and_outputs)
+
+
+def test_the_floor_is_a_chain():
+    """Every weight matters to the result, and it stays finite."""
+    folded = fused.fold(random_params(SMALL), config=SMALL)
+    start = jnp.asarray(np.random.default_rng(0).normal(size=(16, 4)), jnp.float32)
+    run = floor.compiled(folded, start, simulations=1)
+    plain = run(folded, start)
+    assert np.isfinite(plain).all()
+    pairs = (folded.at_action, folded.at_observation)
+    layers = [layer for b in folded.blocks for layer in (b.qkv, b.projection, b.expand, b.contract)]
+    layers += [layer for pair in pairs for layer in (pair.hidden, pair.first, pair.second)]
+    changed = {id(layer.weight) for layer in layers}
+    assert len(changed) == floor.num_products(2) // 2 + 3
+    for weight in changed:
+        other = jax.tree.map(lambda x, w=weight: jnp.roll(x, 1, 1) if id(x) == w else x, folded)
+        assert np.abs(run(other, start) - plain).max() > 1e-6
+
+
+def test_a_row(monkeypatch, no_lightzero):
+    monkeypatch.setattr(search, "CASES", (TINY,))
+    told = []
+    result = search.run(progress=lambda fraction, text: told.append((fraction, text)))
+    (row,) = result["rows"]
+    sizes = {"embed": 16, "layers": 2, "context": 8, "envs": 2, "simulations": 3}
+    assert sizes.items() <= row.items()
+    times = ("kvjax_ms", "mctx_ms", "floor_ms", "tree_mib", "mctx_tree_mib")
+    assert all(row[name] > 0 for name in times)
+    assert row["floor_ratio"] == row["kvjax_ms"] / row["floor_ms"]
+    assert 1 <= row["mean_depth"] <= 3
+    assert "lightzero_ms" not in row
+    fractions = [fraction for fraction, _ in told]
+    assert fractions == sorted(fractions)
+    assert fractions[-1] == 1.0
+    assert any("floor" in text for _, text in told)
+
+
+def test_cases():
+    sizes = [(c.embed, c.context, c.envs, c.simulations) for c in search.CASES]
+    assert set(sizes) == {
+        (64, 8, 8, 50),
+        (768, 8, 8, 50),
+        (64, 8, 64, 50),
+        (64, 8, 256, 50),
+        (64, 64, 8, 200),
+        (768, 64, 8, 200),
+    }
+    assert {(c.layers, c.heads) for c in search.CASES} == {(2, 8)}
+
+
+@pytest.mark.parametrize(
+    ("only", "count"),
+    [("", 6), ("embed=64", 4), ("embed=64,envs=8", 2), ("embed=64,envs=8,context=8", 1)],
+)
+def test_only_picks_rows_by_whole_parts(monkeypatch, only, count):
+    """`envs=8` is not a part of `envs=80`, and every part must fit."""
+    monkeypatch.setattr(search, "_row", lambda case, progress: {"case": case})
+    cases = [row["case"] for row in search.run(only=only)["rows"]]
+    assert len(cases) == count
+    assert all(
+        part in case.label().split(",") for case in cases for part in only.split(",") if part
+    )
+    assert not any(case.envs != 8 for case in cases if "envs=8" in only)
+
+
+def test_no_such_row():
+    with pytest.raises(ValueError, match="no benchmark row matches 'embed=6'"):
+        search.run(only="embed=6")
+
+
+def test_windows_are_full_and_memory_is_small(no_lightzero):
+    """A long context: whole windows per node take many times what own tokens take."""
+    case = dataclasses.replace(TINY, embed=64, heads=8, context=64, simulations=200)
+    config, params = search._model(case, None)
+    ours, theirs = (
+        search._Search(case, config, params, search._TREES[n]) for n in ("kvjax", "mctx")
+    )
+    assert ours._contexts.window.length.tolist() == [61, 61]
+    assert ours.temporary_mib() <= theirs.temporary_mib() / 10
+
+
+def test_medians_in_turn():
+    order = []
+    candidates = {name: lambda name=name: order.append(name) for name in "ab"}
+    medians = timing.medians_in_turn(candidates, repeats=2, warmup=1)
+    assert order == list("ababab")
+    assert medians.keys() == {"a", "b"}
