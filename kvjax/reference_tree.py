@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from kvjax.config import SearchConfig
+from kvjax.display_tree import tree_svg
 
 Array = np.ndarray[Any, Any]
 Choice = Callable[[int, Array], int]
@@ -41,6 +42,10 @@ class Tree:
     size: int = 1
     path: tuple[int, ...] = ()  # nodes from the root to the parent that `select` chose
     action: int = 0  # the edge below it
+
+    def _repr_html_(self) -> str:
+        means = self.value_sum / np.maximum(self.visits, 1)
+        return tree_svg(self.children, self.visits, means)
 
 
 def softmax(logits: Array) -> Array:
