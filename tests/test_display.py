@@ -150,7 +150,7 @@ def test_a_store():
     store = stores.init_store(SMALL, 2, 3, root_slots=2)
     keys = stores.latent_keys(store, jnp.ones((2, 16)), jnp.arange(2))
     held = jax.vmap(lambda _: windows.init(SMALL.window))(jnp.arange(2))
-    store, _ = stores.add_roots(store, keys, jnp.arange(2), held)
+    store, _ = jax.jit(stores.add_roots)(store, keys, jnp.arange(2), held)
     assert repr(stores.new_epoch(store)).startswith("Store: epoch 1, 0 look-ups, 0 misses\n")
     assert repr(store) == "\n".join(
         [
@@ -206,6 +206,7 @@ def searched(simulations=6):
 
 def test_a_tree_draws_every_node_its_visits_and_the_most_visited_path():
     tree = searched()
+    assert repr(tree) == "Tree: 7 nodes, visits of the root's actions 1, 5"
     drawn = tree._repr_html_()
     circles = re.findall(r'fill="(#\w+)"><title>node (\d+): (\d+) visits', drawn)
     assert [int(node) for _, node, _ in circles] == list(range(7))
