@@ -75,7 +75,8 @@ def _most_visited_path(edges: list[tuple[int, int, int]], visits: Array) -> set[
 
 def _edge(a: tuple[float, float], b: tuple[float, float], action: int, best: bool) -> str:
     colour, width = (_PATH, 3) if best else ("#9aa4b1", 1.2)
-    x, y = (a[0] + 2 * b[0]) / 3, (a[1] + 2 * b[1]) / 3 - 6
+    aside = 4 if b[0] >= a[0] else -10
+    x, y = (a[0] + 2 * b[0]) / 3 + aside, (a[1] + 2 * b[1]) / 3 - 6
     return (
         f'<line x1="{a[0]:.1f}" y1="{a[1]:.1f}" x2="{b[0]:.1f}" y2="{b[1]:.1f}"'
         f' stroke="{colour}" stroke-width="{width}"/>'
