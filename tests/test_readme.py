@@ -17,5 +17,5 @@ def test_python_blocks(data, monkeypatch, tmp_path, capsys):
     names: dict[str, object] = {}
     for block in BLOCKS:
         exec(compile(block, str(README), "exec"), names)
-    assert len(BLOCKS) == 3
+    assert len(BLOCKS) == 4
     assert "hit rate" in capsys.readouterr().out

@@ -73,9 +73,7 @@ def window_search(params, window, policy, timestep, config, search_config):
         depths.append(depths[parent] + 1)
         child, out = imagine(nodes[parent], jnp.int32(action), depths[-1], timestep)
         nodes.append(child)
-        reward, value = (
-            float(to_scalar(x, config.support)) for x in (out.reward, out.value)
-        )
+        reward, value = (float(to_scalar(x, config.support)) for x in (out.reward, out.value))
         reference_tree.expand(grown, reward, value, np.asarray(out.policy))
     return grown
 
