@@ -3,6 +3,7 @@
 from kvjax import lightzero, ops
 from kvjax.config import SearchConfig, WindowConfig, WorldModelConfig
 from kvjax.contexts import init_contexts, replay
+from kvjax.dlpack import to_jax, to_torch
 from kvjax.inference import CacheMissError, initial_inference, recurrent_inference
 from kvjax.params_update import on_params_update
 from kvjax.rollout import rollout
@@ -44,4 +45,6 @@ __all__ = [
     "rollout",
     "search",
     "stats",
+    "to_jax",
+    "to_torch",
 ]

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import json
 import logging
 import sys
@@ -82,8 +83,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_model_options(convert)
 
     bench = _command(commands, "bench", _bench, "measure speed as ratios in one run")
-    bench.add_argument("what", choices=("search", "ops"))
+    bench.add_argument("what", choices=("search", "ops", "bridge", "exactness"))
     bench.add_argument("--only", default="", metavar="SUBSTRING", help="e.g. embed=64,envs=8")
+    bench.add_argument("--plot", metavar="PATH", help="exactness: also draw the errors")
     return parser
 
 
@@ -220,12 +222,19 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from kvjax.bench import ops, search
+    from kvjax.bench import bridge, exactness, ops, search
 
-    benchmark = {"search": search, "ops": ops}[args.what]
+    runs: dict[str, Callable[..., dict[str, Any]]] = {
+        "search": search.run,
+        "ops": ops.run,
+        "bridge": bridge.run,
+        "exactness": functools.partial(exactness.run, plot=args.plot),
+    }
+    if args.plot and args.what != "exactness":
+        raise ValueError(f"--plot belongs to bench exactness, not to bench {args.what}")
     with _progress_bar() as bar:
         task = bar.add_task("measuring", total=1.0)
-        result = benchmark.run(
+        result = runs[args.what](
             only=args.only,
             progress=lambda fraction, text: bar.update(task, completed=fraction, description=text),
         )
@@ -256,9 +265,11 @@ def _print_table(title: str, rows: dict[str, str]) -> None:
 
 
 def _print_rows(title: str, rows: list[dict[str, Any]]) -> None:
-    table = Table(*rows[0], title=title, title_justify="left")
+    columns = [name for name, value in rows[0].items() if not isinstance(value, list)]
+    table = Table(*columns, title=title, title_justify="left")
     for row in rows:
-        table.add_row(*(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()))
+        shown = (row[name] for name in columns)
+        table.add_row(*(f"{v:.3g}" if isinstance(v, float) else str(v) for v in shown))
     Console().print(table)
 
 

@@ -1,7 +1,7 @@
 """Static, hashable, validated configuration. What varies per call is an array."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 BLOCK = 2
 """Tokens per environment step: one observation token and one action token."""
@@ -12,7 +12,7 @@ MIN_CONTEXT = 2 * BLOCK
 DTYPES = ("float32", "bfloat16", "float64")
 
 WindowMode = Literal["learned", "rope_lightzero", "rope_consistent", "rebuild", "reset"]
-WINDOW_MODES = ("learned", "rope_lightzero", "rope_consistent", "rebuild", "reset")
+WINDOW_MODES: tuple[WindowMode, ...] = get_args(WindowMode)
 
 MAX_SIMULATIONS = 2**24 - 1
 """A tree holds no more: its node indices are exact in float32."""

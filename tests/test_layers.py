@@ -7,7 +7,7 @@ import kvjax
 
 LAYERS = (
     ("config", "display", "display_tree", "statistics"),
-    ("types",),
+    ("types", "dlpack"),
     ("ops.window", "ops.position", "ops.attention", "ops.support", "ops.hashing"),
     ("ops", "reference_tree"),
     ("pool",),  # storage stands below the model
@@ -24,7 +24,13 @@ LAYERS = (
     ("lightzero.checkpoint", "lightzero.keys_values", "lightzero.archive", "near_ties"),
     ("lightzero.kv_cache_pool",),
     ("lightzero.kv_cache_manager", "lightzero.trace", "lightzero.search_trace"),
-    ("lightzero.record",),
+    ("lightzero.record", "lightzero.layout", "lightzero.module", "lightzero.routes"),
+    ("lightzero.padding",),
+    ("lightzero.caches",),
+    ("lightzero.bridge", "lightzero.shadow"),
+    ("lightzero.root_step",),
+    ("lightzero.attached",),
+    ("lightzero.attach",),
     ("lightzero",),
     ("",),
     ("agent",),
@@ -33,7 +39,7 @@ LAYERS = (
     ("play", "verify", "bench.timing", "bench.lightzero_020"),
     ("bench",),
     ("bench.floor",),
-    ("bench.search", "bench.ops"),
+    ("bench.search", "bench.ops", "bench.bridge", "bench.exactness"),
     ("cli",),
 )
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}

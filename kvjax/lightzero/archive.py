@@ -8,7 +8,7 @@ with the network as a table, an episode trace what an agent saw and did
 import json
 import zipfile
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 
@@ -89,7 +89,7 @@ def window_mode(path: str | Path, described: dict[str, Any]) -> WindowMode:
     mode = modes[said[0]] if said else "learned"
     if mode not in WINDOW_MODES:
         raise ValueError(f"{path}: rope_positions must be lightzero or consistent, got {positions}")
-    return cast("WindowMode", mode)
+    return mode
 
 
 def check_array(

@@ -1,0 +1,179 @@
+"""`kvjax bench bridge`: LightZero's own cache management against `kvjax.lightzero.attach`.
+
+Two copies of one model of release 0.2.0, one of them attached, search in turn with LightZero's own
+C++ tree. Needs LightZero.
+"""
+
+import copy
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from kvjax import lightzero
+from kvjax.bench import lightzero_020, timing
+from kvjax.config import SearchConfig
+from kvjax.contexts import init_contexts
+from kvjax.search import prepare, search
+from kvjax.step import FIRST_STEP
+
+Progress = Callable[[float, str], None]
+
+_OBSERVATION_SIZE = 4
+_NUM_ACTIONS = 6
+_WARMUP = 5  # root windows are full after C / 2 steps
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Sizes of one row of the benchmark."""
+
+    embed: int
+    envs: int
+    repeats: int
+    layers: int = 2
+    heads: int = 8
+    context: int = 8  # tokens
+    simulations: int = 50
+
+    def label(self) -> str:
+        """What `--only` is matched against."""
+        return f"embed={self.embed},envs={self.envs}"
+
+
+CASES = (
+    Case(embed=64, envs=8, repeats=15),
+    Case(embed=64, envs=32, repeats=9),
+    Case(embed=64, envs=64, repeats=7),
+    Case(embed=768, envs=8, repeats=5),
+    Case(embed=768, envs=32, repeats=5),
+    Case(embed=768, envs=64, repeats=3),
+)
+
+
+def run(*, only: str = "", progress: Progress = lambda fraction, text: None) -> dict[str, Any]:
+    """Measures every case whose label contains all comma-separated parts of `only`.
+
+    Returns:
+      The fields of `--json`: machine, versions and one row per case.
+
+    Raises:
+      ValueError: LightZero is not installed, or no case fits `only`.
+    """
+    if not lightzero_020.available():
+        raise ValueError("this benchmark needs LightZero 0.2.0 and torch: make test installs them")
+    parts = [part for part in only.split(",") if part]
+    cases = [case for case in CASES if all(p in case.label().split(",") for p in parts)]
+    if not cases:
+        labels = "; ".join(case.label() for case in CASES)
+        raise ValueError(f"no benchmark row matches {only!r}; rows are {labels}")
+    rows = []
+    for index, case in enumerate(cases):
+        progress(index / len(cases), case.label())
+        rows.append(_row(case))
+    progress(1.0, "done")
+    return {"machine": timing.machine(), "versions": timing.versions(), "rows": rows}
+
+
+def _row(case: Case) -> dict[str, Any]:
+    original = _model(case)
+    attached = copy.deepcopy(original)
+    lightzero.attach(attached.world_model)
+    models = {"lightzero": original, "attach": attached}
+    recorders = {name: _Recorder(model.world_model) for name, model in models.items()}
+    candidates = {name: _lightzero_search(case, model) for name, model in models.items()}
+    candidates["kvjax"] = _kvjax_search(case, original)
+    medians = timing.medians_in_turn(candidates, repeats=case.repeats, warmup=_WARMUP)
+    cache = {name: recorder.median_ms(case) for name, recorder in recorders.items()}
+    return {
+        "embed": case.embed,
+        "envs": case.envs,
+        "cache_ratio": cache["lightzero"] / cache["attach"],
+        "search_ratio": medians["lightzero"] / medians["attach"],
+        "lightzero_cache_ms": cache["lightzero"],
+        "attach_cache_ms": cache["attach"],
+        "lightzero_ms": medians["lightzero"],
+        "attach_ms": medians["attach"],
+        "kvjax_ms": medians["kvjax"],
+    }
+
+
+class _Recorder:
+    """Times what a world model spends on its caches in every simulation."""
+
+    def __init__(self, wm: Any) -> None:
+        self._seconds: list[float] = []
+        self._wrap(wm, "retrieve_or_generate_kvcache", begins=True)
+        self._wrap(wm, "trim_and_pad_kv_cache")
+        self._wrap(wm, "update_cache_context")
+
+    def _wrap(self, wm: Any, name: str, *, begins: bool = False) -> None:
+        method = getattr(wm, name)
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            started = time.perf_counter()
+            result = method(*args, **kwargs)
+            seconds = time.perf_counter() - started
+            if begins:
+                self._seconds.append(seconds)
+            elif not kwargs.get("is_init_infer"):
+                self._seconds[-1] += seconds
+            return result
+
+        setattr(wm, name, timed)
+
+    def median_ms(self, case: Case) -> float:
+        """Median milliseconds of a simulation, warm-up searches left out."""
+        measured = self._seconds[-case.repeats * case.simulations :]
+        return 1e3 * float(np.median(measured))
+
+
+def _model(case: Case) -> Any:
+    return lightzero_020.build_model(
+        observation_size=_OBSERVATION_SIZE,
+        num_actions=_NUM_ACTIONS,
+        embed_dim=case.embed,
+        num_layers=case.layers,
+        num_heads=case.heads,
+        context_length=case.context,
+        num_envs=case.envs,
+        num_simulations=case.simulations,
+    )
+
+
+def _observations(case: Case) -> Any:
+    shape = (case.envs, _OBSERVATION_SIZE)
+    return np.random.default_rng(0).normal(size=shape).astype(np.float32)
+
+
+def _lightzero_search(case: Case, model: Any) -> Callable[[], None]:
+    searcher, observation = lightzero_020.Searcher(model), _observations(case)
+    action: Any = np.full(case.envs, FIRST_STEP)
+
+    def step() -> None:
+        nonlocal action
+        action = searcher.step(observation, action)["action"]
+
+    return step
+
+
+def _kvjax_search(case: Case, model: Any) -> Callable[[], None]:
+    """The whole search in one jit, model included, for comparison."""
+    config, params = lightzero.load(model)
+    prepared, observation = prepare(params, config=config), _observations(case)
+    search_config = SearchConfig(num_simulations=case.simulations)
+    contexts = init_contexts(config, case.envs)
+    action: Any = np.full(case.envs, FIRST_STEP)
+
+    def step() -> None:
+        nonlocal contexts, action
+        rng = jax.random.key(0)
+        contexts, out = search(
+            prepared, rng, contexts, observation, action, config=config, search=search_config
+        )
+        action = np.asarray(out.action)
+
+    return step

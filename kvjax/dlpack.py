@@ -1,0 +1,204 @@
+"""Torch tensors to jax arrays and back, with an ownership contract.
+
+* `to_torch` and `to_jax` copy. Neither side ever sees the other's later writes: torch may write
+  into what it got, jax may donate what it got.
+* `borrow` lends a tensor's memory to jax for the length of a `with` block and takes it back.
+* `hand_over` moves a fresh array to torch without a copy; the array is gone afterwards.
+
+DLPack alone promises none of this: an exported array is a writable alias of immutable memory, an
+import with `copy=True` may still alias, and work that was dispatched on borrowed memory may read it
+after the next write. Torch is imported on first use.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+_PLATFORMS = {"cpu": "cpu", "cuda": "gpu"}
+"""Torch's device types and jax's platforms that share memory."""
+
+
+def to_torch(tree: Any) -> Any:
+    """Copies every array of a pytree into a torch tensor of its own, on the CPU.
+
+    Args:
+      tree: a pytree of jax or numpy arrays (read-only ones too); dtypes are kept.
+
+    Returns:
+      The same tree of contiguous, writable tensors.
+
+    Raises:
+      ValueError: a leaf is no array, is being traced, or has a dtype that torch does not know.
+    """
+    return jax.tree.map(_to_tensor, tree)
+
+
+def to_jax(tree: Any) -> Any:
+    """Copies every tensor of a pytree into a jax array of its own.
+
+    Strides, offsets, gradients and conjugate views are resolved. While 64-bit types are off in jax,
+    float64 is rounded to float32 and int64 must fit into int32.
+
+    Args:
+      tree: a pytree of torch tensors or numpy arrays.
+
+    Returns:
+      The same tree of jax arrays, ready and owned by jax.
+
+    Raises:
+      ValueError: a leaf is no dense array, lies on a device that jax does not have, or holds
+        integers that would not survive.
+    """
+    return jax.tree.map(_to_array, tree)
+
+
+@contextlib.contextmanager
+def borrow(tensor: Any) -> Iterator[jax.Array]:
+    """Lends a tensor to jax for the length of a `with` block, without a copy where possible.
+
+    A compact, aligned tensor of a dtype that jax has is shared; any other one is copied. When the
+    block ends, everything that was computed from the array is complete and the array is deleted:
+    using it later is an error. Do not write to the tensor inside the block.
+
+    Args:
+      tensor: a torch tensor on a device that jax has.
+
+    Raises:
+      ValueError: as `to_jax`.
+    """
+    array = _import(tensor)
+    place = array.unsafe_buffer_pointer() if array.size else None
+    try:
+        yield array
+    finally:
+        _take_back(place)
+
+
+def hand_over(array: jax.Array) -> Any:
+    """Moves a fresh array to torch without a copy; the array is deleted.
+
+    The caller must be the only one who holds the array's memory: the output of a jitted call that
+    nobody kept, not one of its inputs, no slice of it, no numpy view.
+
+    Returns:
+      A tensor that may be written to, since nobody can read the array any more.
+    """
+    import torch
+
+    tensor = torch.from_dlpack(array.block_until_ready())
+    array.delete()
+    return tensor
+
+
+def import_shared(tensor: Any) -> jax.Array:
+    """A jax view of a tensor that the caller knows to be plain: dense, detached, float32.
+
+    For hot paths that block on their results before torch writes again; else see `borrow`.
+    """
+    array: jax.Array = jax.dlpack.from_dlpack(tensor)
+    return array
+
+
+def require_shared_device(device: Any) -> None:
+    """Raises `ValueError` unless jax has the kind of device that a torch device is."""
+    platform = _PLATFORMS.get(device.type)
+    try:
+        available = platform is not None and bool(jax.devices(platform))
+    except RuntimeError:
+        available = False
+    if not available:
+        have = ", ".join(sorted({d.platform for d in jax.devices()}))
+        raise ValueError(
+            f"expected a tensor on a device that jax has ({have}), got one on {device}: move it"
+            " with .cpu() or install jax for that device"
+        )
+
+
+def _to_tensor(leaf: Any) -> Any:
+    import torch
+
+    if isinstance(leaf, torch.Tensor):
+        return leaf.detach().clone(memory_format=torch.contiguous_format)
+    if isinstance(leaf, jax.core.Tracer):
+        raise ValueError("to_torch was called on a traced value: call it outside of jit")
+    if isinstance(leaf, jax.Array):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+            raise ValueError(f"torch has no dtype {leaf.dtype}: pass jax.random.key_data(key)")
+        leaf = np.asarray(leaf)
+    if not isinstance(leaf, np.ndarray | np.generic):
+        raise ValueError(f"expected a jax or numpy array, got {type(leaf).__name__}")
+    owned = np.array(leaf, dtype=leaf.dtype.newbyteorder("="), order="C")
+    try:
+        if owned.dtype == jnp.bfloat16:  # numpy's own types do not include it
+            return torch.from_numpy(owned.view(np.uint16)).view(torch.bfloat16)
+        return torch.from_numpy(owned)
+    except TypeError as error:
+        raise ValueError(f"torch has no dtype {leaf.dtype}") from error
+
+
+def _to_array(leaf: Any) -> jax.Array:
+    if isinstance(leaf, jax.Array):
+        return jnp.array(leaf, copy=True)
+    if isinstance(leaf, np.ndarray | np.generic):
+        _require_surviving_integers(leaf)
+        return jnp.array(leaf, copy=True).block_until_ready()
+    shared = _import(leaf)
+    # A copy that jax owns, so that donating it works; done before torch can write again.
+    return jnp.array(shared, copy=True).block_until_ready()
+
+
+def _import(tensor: Any) -> jax.Array:
+    """A jax view of a tensor's values, of a copy of them where the tensor cannot be viewed."""
+    import torch
+
+    if not isinstance(tensor, torch.Tensor):
+        raise ValueError(f"expected a torch tensor, got {type(tensor).__name__}")
+    if tensor.layout is not torch.strided or tensor.is_quantized:
+        raise ValueError(f"expected a dense tensor, got layout {tensor.layout}, {tensor.dtype}")
+    require_shared_device(tensor.device)
+    plain = tensor.detach().resolve_conj().resolve_neg()
+    if jax.dtypes.canonicalize_dtype("int64") != "int64":
+        plain = _narrow(plain)
+    return import_shared(plain.contiguous()).block_until_ready()
+
+
+def _narrow(tensor: Any) -> Any:
+    """Replaces 64-bit numbers by the 32-bit ones that jax keeps."""
+    import torch
+
+    narrower = {
+        torch.float64: torch.float32,
+        torch.complex128: torch.complex64,
+        torch.int64: torch.int32,
+        torch.uint64: torch.uint32,
+    }
+    if tensor.dtype in (torch.int64, torch.uint64):
+        _require_surviving_integers(tensor.cpu().numpy())
+    return tensor.to(narrower.get(tensor.dtype, tensor.dtype))
+
+
+def _require_surviving_integers(values: Any) -> None:
+    kept = np.dtype(jax.dtypes.canonicalize_dtype(values.dtype))
+    if kept == values.dtype or kept.kind not in "iu" or values.size == 0:
+        return
+    limits = np.iinfo(kept)
+    if values.min() < limits.min or values.max() > limits.max:
+        raise ValueError(
+            f"{values.dtype} values from {values.min()} to {values.max()} do not fit into {kept},"
+            " which is what jax keeps of them: enable jax_enable_x64"
+        )
+
+
+def _take_back(place: int | None) -> None:
+    """Waits for everything that anybody can still look at and deletes all views of the memory."""
+    arrays: list[jax.Array] = jax.live_arrays()  # type: ignore[no-untyped-call]
+    for array in arrays:
+        if array.is_deleted():
+            continue
+        array.block_until_ready()
+        if len(array.devices()) == 1 and array.size and array.unsafe_buffer_pointer() == place:
+            array.delete()

@@ -1,0 +1,134 @@
+"""LightZero's torch `WorldModel` with its caches kept by kvjax.
+
+    handle = kvjax.lightzero.attach(world_model)
+
+The model keeps its own forward pass, its counters and its `clear_caches`. What finds, aligns,
+slides and stores key/value windows is replaced: two jitted calls per simulation, for all
+environments at once. Windows live in jax; only the rows that a simulation reads cross to torch, as
+memory that jax has given away.
+
+Shapes: B rows, E embedding size.
+"""
+
+import weakref
+from contextlib import AbstractContextManager
+from typing import Any, Literal
+
+from kvjax.config import require, require_one_of
+from kvjax.lightzero import caches, module, routes
+from kvjax.lightzero.attached import STATE, Attachment, attached_class, state_of
+from kvjax.lightzero.bridge import Bridge
+from kvjax.lightzero.shadow import Shadow
+from kvjax.statistics import Statistics
+
+Padding = Literal["reference", "masked"]
+PADDINGS = ("reference", "masked")
+
+
+def attach(
+    world_model: Any,
+    shadow: bool | Literal["log"] = False,
+    *,
+    padding: Padding = "reference",
+) -> "Handle":
+    """Lets kvjax keep a live world model's caches, from its next step on.
+
+    Attach between episodes: contexts of running ones stay behind, and their next step continues
+    from its last observation alone. `world_model.use_new_cache_manager = False` switches back to
+    LightZero's own caches at run time, `True` to kvjax's; both start without context.
+
+    Weights may change: entries made with other weights are dropped when that is noticed, at the
+    latest at the next root step. Copies by `copy.deepcopy` are attached too, independently.
+    Reanalysis is left to LightZero, which looks nothing up there.
+
+    Args:
+      world_model: LightZero's `WorldModel` (`model.world_model`), release 0.2.0 or main, float32.
+      shadow: run LightZero's own code too, on every call, and compare caches, sizes and hits. True
+        raises `ShadowError` at the first disagreement, "log" collects them in
+        `handle.disagreements` and logs them.
+      padding: "reference" does as the model's release does; 0.2.0 lets rows attend to the padding
+        of their batch and counts it as context at roots. "masked" never reads a pad, as main.
+
+    Returns:
+      A `Handle`: `stats()`, `scope(name)`, `on_params_update()`, `detach()`.
+
+    Raises:
+      ValueError: the module is no `WorldModel`, is attached already, is not float32, has an odd or
+        too short context, or is a variant that is not supported.
+    """
+    wm = module.unwrap(world_model)
+    require(STATE not in vars(wm), "this world model is attached already: detach() it first")
+    require_one_of("padding", padding, PADDINGS)
+    require(shadow in (True, False, "log"), f"shadow must be True, False or 'log', got {shadow!r}")
+    description = module.describe(wm)
+    mask_padding = padding == "masked" and not description.masks_padding
+    bridge = Bridge(wm, description, mask_padding=mask_padding)
+    state = Attachment(bridge, type(wm), Shadow(mode=shadow))
+    state.own_flag = vars(wm).pop("use_new_cache_manager", None)
+    state.saved = routes.install(wm, bridge, description.num_envs)
+    vars(wm)[STATE] = state
+    wm.__class__ = attached_class(state.original)
+    return Handle(wm)
+
+
+def handle_of(world_model: Any) -> "Handle":
+    """The handle of an attached world model, such as a deep copy of one.
+
+    Raises:
+      ValueError: the model is not attached.
+    """
+    wm = module.unwrap(world_model)
+    require(STATE in vars(wm), f"this {type(wm).__name__} is not attached")
+    return Handle(wm)
+
+
+class Handle:
+    """What the user of an attached world model holds."""
+
+    def __init__(self, wm: Any) -> None:
+        self._wm = weakref.ref(wm)
+
+    def _module(self) -> Any:
+        wm = self._wm()
+        require(
+            wm is not None and STATE in vars(wm), "the world model is no longer attached or gone"
+        )
+        return wm
+
+    def stats(self, scope: str | None = None) -> Statistics:
+        """Counters of look-ups, hits, evictions and padding, and how full the pools are."""
+        return state_of(self._module()).bridge.stats(scope)
+
+    @property
+    def disagreements(self) -> list[str]:
+        """What shadow mode found."""
+        return list(state_of(self._module()).shadow.disagreements)
+
+    @property
+    def comparisons(self) -> int:
+        """How many comparisons shadow mode made."""
+        return state_of(self._module()).shadow.comparisons
+
+    def scope(self, name: str) -> AbstractContextManager[None]:
+        """Keeps contexts in a store of its own inside a `with` block.
+
+        For a model that is shared, as LightZero's collector and evaluator do. Clearing inside a
+        scope clears that scope, outside of any all of them.
+        """
+        return state_of(self._module()).bridge.use(name)
+
+    def on_params_update(self) -> None:
+        """Says that the weights changed: drops all entries and computes the correction anew."""
+        wm = self._module()
+        state_of(wm).bridge.on_params_update(wm)
+
+    def detach(self) -> None:
+        """Gives the model back as it was."""
+        wm = self._module()
+        state = vars(wm).pop(STATE)
+        wm.__class__ = state.original
+        routes.uninstall(wm, state.saved)
+        if state.own_flag is not None:
+            wm.use_new_cache_manager = state.own_flag
+        if isinstance(wm.keys_values_wm_list, caches.Rows):
+            wm.keys_values_wm_list = list(wm.keys_values_wm_list)

@@ -1,0 +1,257 @@
+"""The state of an attached world model: its stores, what has to be forgotten, its correction.
+
+Shapes: B rows, B' = B rounded up to a power of two, E embedding size, P environments.
+"""
+
+import contextlib
+import copy
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kvjax import dlpack
+from kvjax import store as stores
+from kvjax.config import require
+from kvjax.lightzero import layout, module
+from kvjax.lightzero.caches import Batch, make_batch
+from kvjax.statistics import Statistics
+from kvjax.types import Store
+
+Array = np.ndarray[Any, Any]
+
+DEFAULT_SCOPE = "default"
+
+
+class Scope:
+    """One store, and what must be forgotten before it is used again."""
+
+    def __init__(self, description: module.Description) -> None:
+        store = stores.init_store(
+            description.config,
+            description.num_envs,
+            description.num_simulations,
+            root_slots=description.root_slots,
+            node_slots=description.node_slots,
+        )
+        # Committed and uncommitted arrays compile twice.
+        self.store: Store = jax.device_put(store)
+        self.stale_roots = np.zeros(description.num_envs, bool)
+        self.stale_nodes = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Scope":
+        # A store is donated by whoever writes to it: two owners cannot share one.
+        twin = copy.copy(self)
+        twin.store = jax.tree.map(jnp.copy, self.store)
+        twin.stale_roots = self.stale_roots.copy()
+        return twin
+
+    def clean(self) -> Store:
+        """Forgets what is stale and returns the store."""
+        if self.stale_nodes or self.stale_roots.any():
+            self.store = layout.clear(self.store, self.stale_roots, np.bool_(self.stale_nodes))
+            self.stale_roots[:], self.stale_nodes = False, False
+        return self.store
+
+    def new_epoch(self) -> None:
+        """Forgets everything because the weights changed."""
+        self.store = layout.new_epoch(self.store)
+
+
+class Bridge:
+    """What one attached module keeps; it holds no reference to the module, so copies are easy."""
+
+    def __init__(self, wm: Any, description: module.Description, *, mask_padding: bool) -> None:
+        self.description = description
+        self.enabled = True
+        self.mask_padding = mask_padding
+        self.in_original = 0
+        self.batch: Batch | None = None
+        self._scopes = {DEFAULT_SCOPE: Scope(description)}
+        self._active: str | None = None
+        self._rows: dict[tuple[int, ...], Array] = {}
+        self._seen: tuple[Any, ...] | None = None
+        self._watched: list[Any] = []
+        self._versions: tuple[int, ...] = ()
+        self._warned = False
+        self._correction: Any = None
+        self.refresh(wm)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Bridge":
+        twin: Bridge = copy.copy(self)
+        memo[id(self)] = twin
+        twin._scopes = copy.deepcopy(self._scopes, memo)
+        twin._rows, twin.batch = dict(self._rows), None
+        # The copied module has other parameters of the same values: they are no update.
+        twin._seen, twin._watched, twin._versions = None, [], ()
+        return twin
+
+    @property
+    def scope(self) -> Scope:
+        """The store in use."""
+        return self._scopes[self._active or DEFAULT_SCOPE]
+
+    @contextlib.contextmanager
+    def use(self, name: str) -> Iterator[None]:
+        """Uses a store of its own, made on first use, for the length of a `with` block."""
+        if name not in self._scopes:
+            self._scopes[name] = Scope(self.description)
+        before, self._active = self._active, name
+        try:
+            yield
+        finally:
+            self._active = before
+
+    def _affected(self) -> list[Scope]:
+        return list(self._scopes.values()) if self._active is None else [self.scope]
+
+    def forget_roots(self, env_id: int) -> None:
+        """One environment's roots go: of the scope in use, outside of any of all scopes."""
+        for scope in self._affected():
+            scope.stale_roots[env_id] = True
+
+    def forget_nodes(self) -> None:
+        """All searched nodes go: of the scope in use, outside of any of all scopes."""
+        for scope in self._affected():
+            scope.stale_nodes = True
+
+    def forget(self) -> None:
+        """Everything goes, in all scopes."""
+        for scope in self._scopes.values():
+            scope.stale_roots[:], scope.stale_nodes = True, True
+
+    def refresh(self, wm: Any) -> None:
+        """Takes the weights as they are now: the correction is computed anew."""
+        correction = module.slide_correction(wm, self.description)
+        self._correction = jax.device_put(correction)
+        self._watched = module.correction_weights(wm, self.description)
+        self._versions = module.versions(self._watched)
+        self._seen = self._fingerprint(wm)
+        error = module.table_error(wm, correction)
+        if error and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"the model's own table of position corrections is {error:.3g} off: it was computed"
+                " from other weights. kvjax uses the weights as they are; for LightZero's own"
+                " caches call world_model.precompute_pos_emb_diff_kv()",
+                stacklevel=3,
+            )
+
+    def _fingerprint(self, wm: Any) -> tuple[Any, ...]:
+        parameters = list(wm.parameters())
+        return module.versions(parameters), module.samples(parameters)
+
+    def follow_weights(self, wm: Any, *, thorough: bool) -> None:
+        """Drops all entries if the weights changed since they were made.
+
+        Each call looks at the weights that the correction reads. `thorough` looks at all of them,
+        and at some of their numbers: once per search, which no update interrupts.
+        """
+        if self._seen is None:
+            self.refresh(wm)
+            return
+        if thorough:
+            changed = self._fingerprint(wm) != self._seen
+        else:
+            changed = module.versions(self._watched) != self._versions
+        if changed:
+            self.on_params_update(wm)
+
+    def on_params_update(self, wm: Any) -> None:
+        """The weights changed: nothing that was stored before can be found again."""
+        for scope in self._scopes.values():
+            scope.new_epoch()
+        self.refresh(wm)
+
+    def look_up(self, latent: Any, env_ids: Sequence[int], *, roots_only: bool) -> Batch:
+        """Finds and aligns the windows of latents [B, 1, E]; torch owns what comes back."""
+        self.capacity(len(env_ids))
+        rows = self._rows_of(env_ids)
+        latent = self._latents(latent, rows.shape[1])
+        store = self.scope.clean()
+        counters, memory, info = layout.look_up(store, latent, rows, roots_only=roots_only)
+        self.scope.store = layout.with_counters(store, counters)
+        lengths, sources = np.asarray(info)[:, : len(env_ids)].tolist()
+        self.batch = make_batch(dlpack.hand_over(memory), lengths, sources)
+        return self.batch
+
+    def peek(self, latent: Any, env_ids: Sequence[int], *, roots_only: bool) -> Batch:
+        """As `look_up`, counted nowhere."""
+        counters, batch = self.scope.store.counters, self.batch
+        found = self.look_up(latent, env_ids, roots_only=roots_only)
+        self.scope.store = layout.with_counters(self.scope.store, counters)
+        self.batch = batch
+        return found
+
+    def file(
+        self,
+        memory: Any,
+        lengths: Sequence[int],
+        latent: Any,
+        env_ids: Sequence[int],
+        *,
+        is_root: bool,
+    ) -> None:
+        """Stores the windows in a batch's memory under latents [B, 1, E], and waits until done."""
+        rows = self._rows_of(env_ids).copy()
+        rows[layout.LENGTH, : len(env_ids)] = lengths
+        latent = self._latents(latent, rows.shape[1])
+        scope = self.scope
+        scope.store = layout.file(
+            scope.clean(), _lend(memory), latent, rows, self._correction, is_root=is_root
+        )
+        # One computation: when one of its results is there it no longer reads what torch lent.
+        scope.store.counters.block_until_ready()
+
+    def capacity(self, rows: int) -> int:
+        """B' of a batch: few different sizes, so that little is compiled.
+
+        Raises:
+          ValueError: more rows than environments.
+        """
+        most = self.description.num_envs
+        require(rows <= most, f"{rows} rows do not fit into {most} environments")
+        return min(most, 1 << (rows - 1).bit_length())
+
+    def _rows_of(self, env_ids: Sequence[int]) -> Array:
+        """The integers that describe a batch: [3, B'] int32, lengths not set."""
+        key = tuple(env_ids)
+        if key not in self._rows:
+            most = self.description.num_envs
+            require(
+                all(0 <= env < most for env in key),
+                f"environment ids must be in 0 .. {most - 1}, got {list(key)}",
+            )
+            rows = np.zeros((3, self.capacity(len(key))), np.int32)
+            rows[layout.ENV, : len(key)] = key
+            rows[layout.VALID, : len(key)] = 1
+            self._rows[key] = rows
+        return self._rows[key]
+
+    def _latents(self, latent: Any, capacity: int) -> Array:
+        """[B', E] float32 on the host."""
+        if hasattr(latent, "detach"):
+            latent = latent.detach().cpu().numpy()
+        array = np.asarray(latent, np.float32)
+        array = array.reshape(len(array), -1)
+        missing = capacity - len(array)
+        return np.pad(array, ((0, missing), (0, 0))) if missing else np.ascontiguousarray(array)
+
+    def stats(self, scope: str | None = None) -> Statistics:
+        """Statistics of one scope's store, by default of the one in use.
+
+        Raises:
+          ValueError: there is no such scope.
+        """
+        name = scope or self._active or DEFAULT_SCOPE
+        require(name in self._scopes, f"no scope {name!r}, there are {', '.join(self._scopes)}")
+        return stores.stats(self._scopes[name].clean())
+
+
+def _lend(memory: Any) -> Any:
+    """A batch's memory as an argument of a jitted call that its caller waits for."""
+    # A numpy view is dispatched faster than an imported array, and copied no more.
+    return memory.numpy() if memory.device.type == "cpu" else dlpack.import_shared(memory)

@@ -1,0 +1,191 @@
+"""What kvjax needs to know of a live torch `WorldModel`, found out from the instance.
+
+Understands LightZero 0.2.0 and its main branch without importing either.
+
+Shapes: C context_length in tokens, K = C - 3, L layers, H heads, D head size, P environments.
+"""
+
+import dataclasses
+import inspect
+from typing import Any
+
+import numpy as np
+
+from kvjax.config import BLOCK, MIN_CONTEXT, WorldModelConfig, require
+from kvjax.dlpack import require_shared_device
+
+Array = np.ndarray[Any, Any]
+
+REPLACED = (
+    "wm_forward_for_initial_infererence",  # as LightZero spells it
+    "retrieve_or_generate_kvcache",
+    "trim_and_pad_kv_cache",
+    "update_cache_context",
+)
+"""The methods that an attached model leaves to kvjax."""
+
+_NEEDED = (*REPLACED, "clear_caches", "transformer", "keys_values_wm", "context_length", "env_num")
+_EXACT_WINDOWS = ("exact_kv_window_reset", "rebuild_kv_window_from_tokens")
+_TABLE_TOLERANCE = 1e-4
+_SAMPLES = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """The shape of a world model's caches and which variant of the code it runs."""
+
+    config: WorldModelConfig  # only what a store reads of it is meant
+    num_envs: int  # P
+    root_slots: int  # of each environment
+    node_slots: int
+    num_simulations: int
+    rotary: bool  # positions are rotated into keys: a slide corrects nothing
+    masks_padding: bool  # main does, 0.2.0 attends to it
+    takes_env_ids: bool  # main names the environments of its rows
+    continuous: bool
+
+    @property
+    def cache_shape(self) -> tuple[int, int, int, int, int]:
+        """(L, 2, H, C, D)."""
+        window = self.config.window
+        shape = window.num_heads, window.context_length, window.head_dim
+        return window.num_layers, 2, *shape
+
+
+def unwrap(world_model: Any) -> Any:
+    """The module behind `torch.compile`."""
+    return getattr(world_model, "_orig_mod", world_model)
+
+
+def describe(wm: Any) -> Description:
+    """Reads a world model's sizes and refuses what cannot be attached to.
+
+    Raises:
+      ValueError: the module is no LightZero `WorldModel`, or a variant that is not supported.
+    """
+    missing = [name for name in _NEEDED if not hasattr(wm, name)]
+    if missing:
+        hint = ": pass its .world_model" if hasattr(wm, "world_model") else ""
+        raise ValueError(
+            f"expected LightZero's WorldModel, got {type(wm).__name__}, which has no"
+            f" {', '.join(missing)}{hint}"
+        )
+    _refuse_variants(wm)
+    weight = wm.transformer.blocks[0].attn.key.weight
+    require_shared_device(weight.device)
+    name = str(weight.dtype).removeprefix("torch.")
+    require(name == "float32", f"expected a float32 model and caches, got {name}")
+    rotary = bool(getattr(wm.config, "rotary_emb", False))
+    length = int(wm.context_length)
+    if not rotary:
+        table = wm.pos_emb.num_embeddings
+        require(
+            table >= length - 1,
+            f"a window of {length} tokens needs a position table of {length - 1} rows, got {table}",
+        )
+    envs, simulations = int(wm.env_num), int(getattr(wm, "num_simulations", 50))
+    nodes = getattr(wm, "shared_pool_size_recur", getattr(wm, "shared_pool_size", 0))
+    return Description(
+        config=_config(wm, length),
+        num_envs=envs,
+        root_slots=max(2, int(getattr(wm, "shared_pool_size_init", 2))),
+        node_slots=max(int(nodes), envs * simulations),
+        num_simulations=simulations,
+        rotary=rotary,
+        masks_padding=hasattr(wm, "_variable_context_lengths"),
+        takes_env_ids="env_ids" in inspect.signature(wm.update_cache_context).parameters,
+        continuous=bool(getattr(wm, "continuous_action_space", False)),
+    )
+
+
+def _refuse_variants(wm: Any) -> None:
+    length = int(wm.context_length)
+    require(
+        length % BLOCK == 0 and length >= MIN_CONTEXT,
+        f"context_length must be even and at least {MIN_CONTEXT}, got {length}: an odd window loses"
+        " its newest observation when it slides, a shorter one keeps nothing",
+    )
+    tokens = getattr(wm, "num_observations_tokens", 1)
+    require(tokens == 1, f"expected 1 token per observation, got {tokens}")
+    for name in _EXACT_WINDOWS:
+        require(not getattr(wm, name, False), f"{name} is not supported: switch it off")
+    for name in REPLACED:
+        parameters = inspect.signature(getattr(wm, name)).parameters
+        require("task_id" not in parameters, f"multi-task models are not supported ({name})")
+
+
+def _config(wm: Any, length: int) -> WorldModelConfig:
+    return WorldModelConfig(
+        embed_dim=int(wm.config.embed_dim),
+        num_layers=int(wm.config.num_layers),
+        num_heads=int(wm.config.num_heads),
+        num_actions=max(1, int(getattr(wm, "action_space_size", 1))),
+        context_length=length,
+        max_tokens=length,
+        encoder_norm="layernorm",
+        latent_norm="layernorm",
+    )
+
+
+def slide_correction(wm: Any, description: Description) -> Array:
+    """What a slide adds, from the weights as they are now: [K, L, 2, H, D], zeros with RoPE."""
+    import torch
+
+    layers, two, heads, length, size = description.cache_shape
+    kept = length - 1 - BLOCK
+    if description.rotary:
+        return np.zeros((kept, layers, two, heads, size), np.float32)
+    with torch.no_grad():
+        table = wm.pos_emb.weight[: length - 1]
+        attention = [block.attn for block in wm.transformer.blocks]
+        projected = torch.stack([torch.stack([a.key(table), a.value(table)]) for a in attention])
+        projected = projected.reshape(layers, two, length - 1, heads, size).permute(2, 0, 1, 3, 4)
+        difference = projected[:kept] - projected[BLOCK:]
+    return np.ascontiguousarray(difference.cpu().numpy())
+
+
+def table_error(wm: Any, correction: Array) -> float:
+    """How far the module's own precomputed table is from `correction`: 0 if it has none."""
+    if not hasattr(wm, "pos_emb_diff_k"):
+        return 0.0
+    own = np.stack(
+        [
+            np.stack([_only_entry(keys), _only_entry(values)])
+            for keys, values in zip(wm.pos_emb_diff_k, wm.pos_emb_diff_v, strict=True)
+        ]
+    )  # [L, 2, H, K, D]
+    error = float(np.abs(own.transpose(3, 0, 1, 2, 4) - correction).max())
+    return error if error > _TABLE_TOLERANCE * max(1.0, float(np.abs(correction).max())) else 0.0
+
+
+def _only_entry(tables: dict[Any, Any]) -> Array:
+    (table,) = tables.values()
+    entry: Array = np.asarray(table.detach().cpu())[0]
+    return entry
+
+
+def correction_weights(wm: Any, description: Description) -> list[Any]:
+    """The parameters that `slide_correction` reads."""
+    if description.rotary:
+        return []
+    layers = [layer for b in wm.transformer.blocks for layer in (b.attn.key, b.attn.value)]
+    return [wm.pos_emb.weight, *(p for layer in layers for p in layer.parameters())]
+
+
+def versions(parameters: list[Any]) -> tuple[int, ...]:
+    """Changes when a parameter is written to in place or gets other memory."""
+    return tuple(x for p in parameters for x in (p.data_ptr(), _version(p)))
+
+
+def _version(parameter: Any) -> int:
+    # Parameters that were made in inference mode count nothing.
+    return 0 if parameter.is_inference() else parameter._version
+
+
+def samples(parameters: list[Any]) -> bytes:
+    """A few numbers of each parameter: writes through `.data` count no version."""
+    import torch
+
+    with torch.no_grad():
+        few = [p.detach().reshape(-1)[:_SAMPLES] for p in parameters if p.numel()]
+        return torch.cat(few).cpu().numpy().tobytes() if few else b""

@@ -1,0 +1,81 @@
+"""Real LightZero 0.2.0 models for tests, driven without a tree so that runs can be compared."""
+
+import copy
+import functools
+import warnings
+
+import numpy as np
+
+from kvjax.bench import lightzero_020
+
+SMALL = {
+    "observation_size": 4,
+    "num_actions": 3,
+    "embed_dim": 32,
+    "num_layers": 2,
+    "num_heads": 4,
+    "context_length": 8,
+    "num_envs": 4,
+    "num_simulations": 6,
+}
+
+
+@functools.cache
+def _built(changes):
+    return lightzero_020.build_model(**(SMALL | dict(changes)))
+
+
+def make(**changes):
+    """A model with random weights, the same for the same sizes."""
+    import torch
+
+    torch.set_num_threads(1)  # small matrices: a second thread only waits
+    with warnings.catch_warnings(action="ignore"):
+        return copy.deepcopy(_built(tuple(sorted(changes.items()))))
+
+
+class Driver:
+    """Drives a model as a policy and its tree do, with random parents and actions."""
+
+    def __init__(self, model, rows, seed=0):
+        import torch
+
+        self.torch, self.model, self.rows = torch, model, rows
+        self.rng = np.random.default_rng(seed)
+        self.actions = model.world_model.action_space_size
+        self.last = torch.zeros(rows, 4)
+        self.steps = 0
+
+    def step(self, simulations=6, first=None, start=None):
+        """One root step and its simulations: all outputs, [..] arrays in order."""
+        observation = self.torch.tensor(self.rng.normal(size=(self.rows, 4))).float()
+        action = self.rng.integers(self.actions, size=self.rows).tolist()
+        if self.steps == 0 if first is None else first:
+            action = [-1] * self.rows
+        time = np.full(self.rows, self.steps) if start is None else start
+        with self.torch.no_grad():
+            out = self.model.initial_inference(self.last, action, observation, time)
+            self.last, self.steps = observation, self.steps + 1
+            outputs = [out.value, out.policy_logits, out.latent_state]
+            nodes = [out.latent_state.numpy()]
+            for simulation in range(simulations):
+                out = self.simulate(nodes, simulation, time)
+                outputs += [out.value, out.policy_logits, out.latent_state, out.reward]
+        return [np.array(x) for x in outputs]
+
+    def simulate(self, nodes, index, time):
+        """Expands one node per row, rows at different depths."""
+        chosen = self.rng.integers(len(nodes), size=self.rows)
+        parents = np.stack([nodes[node][row] for row, node in enumerate(chosen)])
+        action = self.torch.tensor(self.rng.integers(self.actions, size=self.rows))
+        depth = [1] * self.rows
+        with self.torch.no_grad():
+            out = self.model.recurrent_inference([(parents, action)], index, depth, time)
+        nodes.append(out.latent_state.numpy())
+        return out
+
+
+def difference(ones, others):
+    """The largest difference of two lists of outputs."""
+    assert len(ones) == len(others)
+    return max(float(np.abs(a - b).max()) for a, b in zip(ones, others, strict=True))
