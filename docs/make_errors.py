@@ -100,7 +100,9 @@ def collect(paths: list[Path]) -> list[Row]:
     ids = [name for path in paths for name in tests_with_errors(path)]
     files = sorted({name.partition("::")[0] for name in ids})
     recorder = Recorder(set(ids))
-    status = pytest.main([*files, "-q", "-p", "no:cacheprovider"], plugins=[recorder])
+    status = pytest.main(
+        [*files, "-q", "-p", "no:cacheprovider", "--numprocesses=0"], plugins=[recorder]
+    )
     if status:
         raise SystemExit(int(status))
     return sorted(recorder.rows, key=lambda row: (row[2], row[1]))

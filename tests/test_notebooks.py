@@ -4,12 +4,15 @@ from pathlib import Path
 
 import pytest
 
+from kvjax.bench import lightzero_020
+
 nbformat = pytest.importorskip("nbformat")
 nbclient = pytest.importorskip("nbclient")
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 NAMES = sorted(path.name for path in FOLDER.glob("*.ipynb"))
 GUARD = 'import warnings; warnings.simplefilter("default")'
+LIGHTZERO = "03_lightzero.ipynb"  # runs the real one
 VARIES = "varies"  # a tag of cells whose output depends on the machine
 EXACT = "01_windows.ipynb"  # outputs are the same on every machine
 
@@ -56,6 +59,8 @@ def test_outputs_are_kept_and_cells_are_short(name):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.filterwarnings("default")  # those of the notebook's client; the kernel's are checked
 def test_runs(name, monkeypatch):
+    if name == LIGHTZERO and not lightzero_020.available():
+        pytest.skip("LightZero 0.2.0 is not installed")
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     notebook, kept = read(name), code_cells(read(name))
     notebook.cells.insert(0, nbformat.v4.new_code_cell(GUARD))
