@@ -33,7 +33,7 @@ def on_params_update(
     brought back, see the `miss_policy` "rebuild" of `initial_inference`.
 
     Args:
-      state: `Contexts` or a `Store`.
+      state: `Contexts`, windows [B, C, L, 2, H, D], or a `Store`.
       params: the new parameters.
 
     Raises:

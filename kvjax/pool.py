@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kvjax import types
 from kvjax.config import require, require_one_of
 from kvjax.ops import hashing
 from kvjax.types import Pool
@@ -34,16 +35,10 @@ _replace = dataclasses.replace
 NO_SLOT = -1
 """What stands where no slot can be named."""
 
-# Columns of a record; the key's lanes follow.
-PREVIOUS, NEXT = 0, 1  # neighbours in the chain; the sentinel ends it
-BUCKET = 2  # 32 bits of the key
-RANK = 3  # eviction order: time of insertion (fifo), of use (lru), or the priority
-GENERATION = 4  # how many keys the slot has held; 0 only if it was never filled
-ERA = 5  # the segment's era when the slot was filled; another era means it was cleared
-KEY = 6
-
-# Columns of a segment's state.
-CURSOR, CLOCK, SEGMENT_ERA = 0, 1, 2
+# Columns of a record and of a segment's state, see `kvjax.types`.
+PREVIOUS, NEXT, BUCKET, RANK = types.PREVIOUS, types.NEXT, types.BUCKET, types.RANK
+GENERATION, ERA, KEY = types.GENERATION, types.ERA, types.KEY
+CURSOR, CLOCK, SEGMENT_ERA = types.CURSOR, types.CLOCK, types.SEGMENT_ERA
 _FIRST_ERA = 1
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from kvjax.config import SearchConfig
+from kvjax.display_tree import tree_svg
 
 Array = np.ndarray[Any, Any]
 Choice = Callable[[int, Array], int]
@@ -25,7 +26,7 @@ UNVISITED = -1
 _MIN_RANGE = np.float32(0.01)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(repr=False)
 class Tree:
     """One search. `select` names the edge to expand, `expand` adds the network's answer for it."""
 
@@ -41,6 +42,14 @@ class Tree:
     size: int = 1
     path: tuple[int, ...] = ()  # nodes from the root to the parent that `select` chose
     action: int = 0  # the edge below it
+
+    def __repr__(self) -> str:
+        counts = ", ".join(map(str, visit_counts(self)))
+        return f"Tree: {self.size} nodes, visits of the root's actions {counts}"
+
+    def _repr_html_(self) -> str:
+        means = self.value_sum / np.maximum(self.visits, 1)
+        return tree_svg(self.children, self.visits, means)
 
 
 def softmax(logits: Array) -> Array:

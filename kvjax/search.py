@@ -25,7 +25,8 @@ _TINY = float(np.finfo(np.float32).tiny)
 def prepare(params: Params, *, config: WorldModelConfig) -> Prepared:
     """Folds a model's variables for `search` once, instead of in every call.
 
-    Worth it for wide models. Prepare again whenever the variables change.
+    Worth it for wide models: their [E, 4E] matrices are then rewritten once. Prepare again whenever
+    the variables change.
     """
     return Prepared(params=params, folded=fold(params, config=config))
 

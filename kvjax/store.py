@@ -54,6 +54,9 @@ def init_store(
       eviction: policy of all pools, see `kvjax.pool.init`.
       verify_keys: keys hold the latent itself, so that two latents are never taken for one.
 
+    Returns:
+      A `Store` whose entries are windows [slots, C - 3, L, 2, H, D].
+
     Raises:
       ValueError: a size below 1, a node pool smaller than a search, or an unknown policy.
     """

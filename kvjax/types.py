@@ -9,29 +9,38 @@ import functools
 from typing import Any
 
 import jax
+import numpy as np
+
+from kvjax import display, statistics
 
 Params = Any
 """Flax variables of a world model: {"params": ..., "batch_stats": ...}."""
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Window:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Window(display.Drawn):
     """A context window: tokens are left-aligned, slots past `length` are zero."""
 
     kv: jax.Array  # [C, L, 2, H, D], keys at 0 and values at 1 of the third axis
     length: jax.Array  # [] int32
     raw: jax.Array | None = None  # [C, E] tokens before positions, where a mode keeps them
 
+    def _picture(self) -> display.Picture | None:
+        return display.window("Window", self.kv, self.length)
+
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class AlignedWindow:
+@dataclasses.dataclass(frozen=True, repr=False)
+class AlignedWindow(display.Drawn):
     """A window behind `pad` empty slots, so that all rows of a batch end at the same slot."""
 
     kv: jax.Array  # [C, L, 2, H, D]
     length: jax.Array  # [] int32, tokens
     pad: jax.Array  # [] int32, empty slots before the first token
+
+    def _picture(self) -> display.Picture | None:
+        return display.window("AlignedWindow", self.kv, self.length, self.pad)
 
 
 @jax.tree_util.register_dataclass
@@ -64,8 +73,8 @@ class Contexts:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class SearchOutput:
+@dataclasses.dataclass(frozen=True, repr=False)
+class SearchOutput(display.Drawn):
     """Result of one search per row."""
 
     action: jax.Array  # [B] int32
@@ -77,14 +86,29 @@ class SearchOutput:
     mean_depth: jax.Array  # [B] edges below the root, mean over simulations
     finite: jax.Array  # [B] bool, False: the model answered NaN or infinity, discard the row
 
+    def _picture(self) -> display.Picture | None:
+        return display.search_output(self)
+
+
+# Columns of a pool's record; the key's lanes follow.
+PREVIOUS, NEXT = 0, 1  # neighbours in the chain; the sentinel ends it
+BUCKET = 2  # 32 bits of the key
+RANK = 3  # eviction order: time of insertion (fifo), of use (lru), or the priority
+GENERATION = 4  # how many keys the slot has held; 0 only if it was never filled
+ERA = 5  # the segment's era when the slot was filled; another era means it was cleared
+KEY = 6
+
+# Columns of a segment's state.
+CURSOR, CLOCK, SEGMENT_ERA = 0, 1, 2
+
 
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("records", "heads", "segments", "entries"),
     meta_fields=("eviction",),
 )
-@dataclasses.dataclass(frozen=True)
-class Pool:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Pool(display.Drawn):
     """P segments of S hashed slots, see `kvjax.pool`."""
 
     records: jax.Array  # [P * S + 1, 6 + K] uint32: links, age and key of each slot
@@ -93,14 +117,25 @@ class Pool:
     entries: Any  # rows [P * S, ...]
     eviction: str  # static
 
+    def _picture(self, name: str = "Pool") -> display.Picture | None:
+        records, segments = np.asarray(self.records), np.asarray(self.segments)
+        if records.ndim != segments.ndim or records.ndim != 2:
+            return None
+        era, clock = (segments[:, [column]] for column in (SEGMENT_ERA, CLOCK))
+        slots = records[:-1].reshape(len(segments), -1, records.shape[1])
+        rank = slots[..., RANK]
+        if self.eviction != "priority":
+            rank = ~(clock - rank)  # ages, as the clock may have wrapped
+        return display.pool(name, slots[..., ERA] == era, rank, len(segments), self.eviction)
+
 
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("roots", "nodes", "epoch", "counters", "latest"),
     meta_fields=("verify_keys",),
 )
-@dataclasses.dataclass(frozen=True)
-class Store:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Store(display.Drawn):
     """Windows by latent: one root pool per environment and a shared recurrent pool."""
 
     roots: Pool  # one segment per environment
@@ -109,6 +144,11 @@ class Store:
     counters: jax.Array  # [N] uint32, see `kvjax.statistics.COUNTERS`
     latest: jax.Array | None  # [P] int32 slot of each newest root, where raw tokens are kept
     verify_keys: bool  # static: keys hold the latent itself
+
+    def _picture(self) -> display.Picture | None:
+        pools = [self.roots._picture("roots"), self.nodes._picture("nodes")]
+        counts = dict(zip(statistics.COUNTERS, np.asarray(self.counters).tolist(), strict=True))
+        return display.store(pools, self.epoch, counts)
 
 
 @jax.tree_util.register_dataclass

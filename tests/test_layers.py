@@ -6,10 +6,10 @@ from pathlib import Path
 import kvjax
 
 LAYERS = (
-    ("config",),
+    ("config", "display", "display_tree", "statistics"),
     ("types", "dlpack"),
     ("ops.window", "ops.position", "ops.attention", "ops.support", "ops.hashing"),
-    ("ops", "statistics", "reference_tree"),
+    ("ops", "reference_tree"),
     ("pool",),  # storage stands below the model
     ("store",),
     ("checks",),

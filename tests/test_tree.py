@@ -58,10 +58,14 @@ def test_folded_model_equals_the_model(config, many, monkeypatch):
         np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 
+recurrent_step = jax.jit(step.recurrent_step, static_argnames="config")  # compiled once a mode
+to_scalar = jax.jit(support.to_scalar, static_argnums=1)
+
+
 def window_search(params, window, policy, timestep, config, search_config):
     """One row with a whole window per node, on the host: what own tokens must equal."""
     correction = world_model.slide_correction(params, config=config)
-    imagine = jax.jit(functools.partial(step.recurrent_step, params, correction, config=config))
+    imagine = functools.partial(recurrent_step, params, correction, config=config)
     grown = reference_tree.init(policy, np.ones(len(policy), bool), search_config)
     nodes, depths = [window], [0]
     for _ in range(search_config.num_simulations):
@@ -69,9 +73,7 @@ def window_search(params, window, policy, timestep, config, search_config):
         depths.append(depths[parent] + 1)
         child, out = imagine(nodes[parent], jnp.int32(action), depths[-1], timestep)
         nodes.append(child)
-        reward, value = (
-            float(support.to_scalar(x, config.support)) for x in (out.reward, out.value)
-        )
+        reward, value = (float(to_scalar(x, config.support)) for x in (out.reward, out.value))
         reference_tree.expand(grown, reward, value, np.asarray(out.policy))
     return grown
 

@@ -28,6 +28,9 @@ def _built(changes):
 
 def make(**changes):
     """A model with random weights, the same for the same sizes."""
+    import torch
+
+    torch.set_num_threads(1)  # small matrices: a second thread only waits
     with warnings.catch_warnings(action="ignore"):
         return copy.deepcopy(_built(tuple(sorted(changes.items()))))
 
@@ -77,7 +80,6 @@ class Driver:
     def __init__(self, model, rows, seed=0):
         import torch
 
-        torch.set_num_threads(1)  # small matrices: a second thread only waits
         self.torch, self.model, self.rows = torch, model, rows
         self.rng = np.random.default_rng(seed)
         self.actions = model.world_model.action_space_size

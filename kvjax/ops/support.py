@@ -12,6 +12,9 @@ def inverse_value_transform(x: jax.Array) -> jax.Array:
 
     Written without the cancelling difference of the usual form, so that float32 suffices.
 
+    Args:
+      x: [...].
+
     Source: MuZero (Schrittwieser et al., 2020), appendix F, after Pohlen et al. (2018).
     """
     shifted = jnp.abs(x) + 1.0 + _EPSILON

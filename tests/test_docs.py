@@ -1,0 +1,123 @@
+"""The pages of docs/ say what is so: what they name exists, and generated ones are current."""
+
+import ast
+import importlib
+import inspect
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import kvjax
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+RULES = (DOCS / "rules.md").read_text()
+ERRORS = (DOCS / "errors.md").read_text()
+README = (ROOT / "README.md").read_text()
+CHEAP = ("tests/test_window.py", "tests/test_position.py", "tests/test_hashing.py")
+
+
+def all_tests():
+    """All test functions of a file, methods as Class::name."""
+
+    def names(body, prefix):
+        for node in body:
+            if isinstance(node, ast.ClassDef):
+                yield from names(node.body, f"{prefix}::{node.name}")
+            elif isinstance(node, ast.FunctionDef) and node.name.startswith("test"):
+                yield f"{prefix}::{node.name}"
+
+    return {
+        name
+        for path in sorted((ROOT / "tests").glob("test_*.py"))
+        for name in names(ast.parse(path.read_text()).body, f"tests/{path.name}")
+    }
+
+
+def lookup(name):
+    """What a dotted name means: an attribute where there is one, else a module."""
+    found, path = kvjax, "kvjax"
+    for part in name.split(".")[1:]:
+        path = f"{path}.{part}"
+        found = getattr(found, part) if hasattr(found, part) else importlib.import_module(path)
+    return found
+
+
+def test_every_rule_has_a_row_and_what_it_names_exists():
+    lines = [line for line in RULES.splitlines() if line.startswith("| S")]
+    assert [line.split(" | ")[0].strip("| ") for line in lines] == [f"S{n}" for n in range(1, 17)]
+    tests = re.findall(r"`(tests/[^`]*)`", RULES)
+    assert len(tests) >= 16
+    assert not set(tests) - all_tests()
+    functions = re.findall(r"`(kvjax\.[\w.]+)`", RULES)
+    assert all(callable(lookup(name)) for name in functions)
+    for line in lines:
+        assert "`kvjax." in line, line
+        assert "`tests/" in line, line
+
+
+def test_at_least_fifty_errors_and_their_tests_exist():
+    lines = [line for line in ERRORS.splitlines() if re.match(r"\| \w+(Error|Exception) \|", line)]
+    assert len(lines) >= 50
+    assert len(set(lines)) == len(lines)
+    tests = {re.search(r"`([^`]*)` \|$", line)[1] for line in lines}
+    assert not tests - all_tests()
+    assert "/tmp" not in ERRORS
+
+
+def test_errors_are_current():
+    command = [sys.executable, DOCS / "make_errors.py", *CHEAP]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    fresh = [line for line in done.stdout.splitlines() if line.startswith("| ")]
+    kept = [line for line in ERRORS.splitlines() if any(f"`{name}:" in line for name in CHEAP)]
+    assert len(fresh) >= 10
+    assert fresh == kept
+
+
+def test_the_picture_is_current():
+    done = subprocess.run(
+        [sys.executable, "-c", "import draw_picture; print(draw_picture.picture(), end='')"],
+        cwd=DOCS,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert (DOCS / "picture.svg").read_text() == done.stdout
+
+
+def test_files_that_the_readme_names_exist():
+    names = re.findall(r"`((?:[\w]+/)*\w+\.(?:py|ipynb|md|svg))`", README)
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
+    assert len(names) > 10
+    missing = [n for n in names if not ((ROOT / n).exists() or list(ROOT.glob(f"kvjax/**/{n}")))]
+    assert not missing
+    assert not [name for name in links if not (ROOT / name).exists()]
+
+
+def public():
+    """Functions and classes of `kvjax.__all__`, and functions of the modules of `kvjax.ops`."""
+    named = {f"kvjax.{name}": getattr(kvjax, name) for name in kvjax.__all__}
+    for module in (getattr(kvjax.ops, name) for name in kvjax.ops.__all__):
+        for name, value in vars(module).items():
+            if getattr(value, "__module__", "") == module.__name__ and not name.startswith("_"):
+                named[f"{module.__name__}.{name}"] = value
+    return [pytest.param(x, id=name) for name, x in named.items() if not inspect.ismodule(x)]
+
+
+SHAPE = re.compile(r"\[[^\]\n]*\]")
+NO_ARRAYS = {"CacheMissError", "SearchConfig", "WindowConfig", "WorldModelConfig", "stats"}
+
+
+@pytest.mark.parametrize("item", public())
+def test_public_docstrings_give_shapes(item):
+    text = inspect.getdoc(item)
+    assert text
+    if item.__name__ in NO_ARRAYS:
+        return
+    fields = inspect.getsource(item) if inspect.isclass(item) else ""
+    assert SHAPE.search(text) or re.search(r"#.*\[", fields), f"no shapes:\n{text}"

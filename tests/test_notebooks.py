@@ -1,0 +1,75 @@
+"""Notebooks run as they are, without a warning, and were committed with their outputs."""
+
+from pathlib import Path
+
+import pytest
+
+from kvjax.bench import lightzero_020
+
+nbformat = pytest.importorskip("nbformat")
+nbclient = pytest.importorskip("nbclient")
+
+FOLDER = Path(__file__).parent.parent / "notebooks"
+NAMES = sorted(path.name for path in FOLDER.glob("*.ipynb"))
+GUARD = 'import warnings; warnings.simplefilter("default")'
+LIGHTZERO = "03_lightzero.ipynb"  # runs the real one
+VARIES = "varies"  # a tag of cells whose output depends on the machine
+EXACT = "01_windows.ipynb"  # outputs are the same on every machine
+
+
+def read(name):
+    return nbformat.read(FOLDER / name, as_version=4)
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def texts(cell):
+    return [out.get("text") or out["data"]["text/plain"] for out in cell.outputs]
+
+
+def assert_clean(notebook):
+    for cell in code_cells(notebook):
+        for out in cell.outputs:
+            assert out.output_type != "error", out
+            assert out.get("name") != "stderr", out["text"]
+
+
+def test_there_are_notebooks():
+    assert {"01_windows.ipynb", "02_search.ipynb", "04_exactness.ipynb"} <= set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_outputs_are_kept_and_cells_are_short(name):
+    notebook = read(name)
+    cells = code_cells(notebook)
+    assert_clean(notebook)
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    for cell in cells:
+        last = cell.source.splitlines()[-1]
+        speaks = last.startswith(("print", "display")) or last.isidentifier()
+        assert cell.outputs or not speaks, f"no output kept: {cell.source}"
+        assert len(cell.source.splitlines()) <= 6, cell.source
+    prose = [cell for cell in notebook.cells if cell.cell_type == "markdown"]
+    assert 2 * len(prose) >= len(cells)
+    assert sum(bool(cell.outputs) for cell in cells) >= 5
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.filterwarnings("default")  # those of the notebook's client; the kernel's are checked
+def test_runs(name, monkeypatch):
+    if name == LIGHTZERO and not lightzero_020.available():
+        pytest.skip("LightZero 0.2.0 is not installed")
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    notebook, kept = read(name), code_cells(read(name))
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(GUARD))
+    nbclient.NotebookClient(
+        notebook, timeout=300, resources={"metadata": {"path": FOLDER}}
+    ).execute()
+    assert_clean(notebook)
+    fresh = code_cells(notebook)[1:]
+    for old, new in zip(kept, fresh, strict=True):
+        assert len(old.outputs) == len(new.outputs), old.source
+        if name == EXACT and VARIES not in old.metadata.get("tags", []):
+            assert texts(old) == texts(new), old.source
