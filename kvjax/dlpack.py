@@ -26,7 +26,7 @@ def to_torch(tree: Any) -> Any:
     """Copies every array of a pytree into a torch tensor of its own, on the CPU.
 
     Args:
-      tree: a pytree of jax or numpy arrays (read-only ones too); dtypes are kept.
+      tree: a pytree of jax or numpy arrays [...] (read-only ones too); shapes and dtypes stay.
 
     Returns:
       The same tree of contiguous, writable tensors.
@@ -44,7 +44,7 @@ def to_jax(tree: Any) -> Any:
     float64 is rounded to float32 and int64 must fit into int32.
 
     Args:
-      tree: a pytree of torch tensors or numpy arrays.
+      tree: a pytree of torch tensors or numpy arrays [...].
 
     Returns:
       The same tree of jax arrays, ready and owned by jax.

@@ -1,6 +1,9 @@
 """Imports point downward only."""
 
 import ast
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import kvjax
@@ -84,3 +87,14 @@ def test_storage_and_ops_know_no_model_and_nobody_imports_torch_at_the_top():
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert not {"torch", "lzero"} & {name.split(".")[0] for name in names}, path
+
+
+def test_every_module_is_imported_without_torch_and_lightzero():
+    code = (
+        "import sys, importlib\n"
+        "for name in ('torch', 'lzero', 'ding', 'matplotlib'): sys.modules[name] = None\n"
+        "for name in sys.argv[1:]: importlib.import_module(name)"
+    )
+    names = [f"kvjax.{name}".removesuffix(".") for name in LEVEL]
+    env = os.environ | {"PYTHONPATH": str(ROOT.parent)}
+    subprocess.run([sys.executable, "-c", code, *names], check=True, env=env)
