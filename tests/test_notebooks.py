@@ -34,6 +34,7 @@ def assert_clean(notebook):
         for out in cell.outputs:
             assert out.output_type != "error", out
             assert out.get("name") != "stderr", out["text"]
+            assert "warning" not in str(out).lower(), out
 
 
 def test_there_are_notebooks():
