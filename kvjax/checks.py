@@ -11,7 +11,7 @@ import numpy as np
 
 from kvjax import store as stores
 from kvjax.config import WorldModelConfig
-from kvjax.types import Store
+from kvjax.types import Contexts, Store, Window
 
 ArrayLike = jax.Array | np.ndarray[Any, Any]
 
@@ -55,12 +55,34 @@ def validate_batch(
 
 def validate_store(store: Store, config: WorldModelConfig) -> None:
     """Refuses a store of another model's windows."""
+    _validate_raw("entries of the store", store.roots.entries, config)
     held = store.roots.entries.kv
     expected = (config.window.kept_length, *config.window.token_shape)
     if held.shape[1:] != expected or held.dtype != config.dtype:
         raise ValueError(
             f"the store holds windows {held.dtype} {held.shape[1:]}, the model's are"
             f" {config.dtype} {expected}"
+        )
+
+
+def validate_contexts(contexts: Contexts, config: WorldModelConfig) -> None:
+    """Refuses contexts of another model's windows, or of another window mode."""
+    window, rows = contexts.window, contexts.timestep.shape
+    _validate_raw("contexts", window, config)
+    expected = (*rows, config.context_length, *config.window.token_shape)
+    if window.kv.shape != expected or window.kv.dtype != config.dtype:
+        raise ValueError(
+            f"the contexts hold windows {window.kv.dtype} {window.kv.shape}, the model's are"
+            f" {config.dtype} {expected}"
+        )
+
+
+def _validate_raw(owner: str, window: Window, config: WorldModelConfig) -> None:
+    keeps = config.window.raw_size is not None
+    if (window.raw is not None) != keeps:
+        raise ValueError(
+            f"the {owner} {'lack' if keeps else 'keep'} raw tokens, which window_mode"
+            f' "{config.window_mode}" {"needs" if keeps else "does not have"}'
         )
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax import step, world_model
-from kvjax.checks import ArrayLike, validate_range
+from kvjax.checks import ArrayLike, validate_contexts, validate_range
 from kvjax.config import WorldModelConfig, require
 from kvjax.ops import window as windows
 from kvjax.types import Contexts, Params
@@ -93,6 +93,9 @@ def replay(
     """
     observation, action, length = np.asarray(observation), np.asarray(action), np.asarray(length)
     require(action.ndim == 2, f"action must have shape [B, T], got {action.shape}")
+    for name, value in {"action": action, "length": length}.items():
+        is_integer = np.issubdtype(value.dtype, np.integer)
+        require(is_integer, f"{name} must be integers, got {value.dtype}")
     rows, steps = action.shape
     expected = {
         "observation": (observation, (rows, steps, *config.observation_shape)),
@@ -102,9 +105,11 @@ def replay(
         require(value.shape == shape, f"{name} must have shape {shape}, got {value.shape}")
     validate_range("action", action, step.FIRST_STEP, config.num_actions - 1)
     validate_range("length", length, 0, steps)
+    require(steps >= 1, "a history needs at least one step, got T = 0")
     contexts = init_contexts(config, rows) if contexts is None else contexts
     given = contexts.timestep.shape[0]
     require(given == rows, f"contexts must have {rows} rows, got {given}")
+    validate_contexts(contexts, config)
     contexts, policy, value = _replay(
         params,
         contexts,

@@ -9,19 +9,23 @@ from kvjax import store as stores
 from kvjax import world_model
 from kvjax.config import WorldModelConfig
 from kvjax.contexts import init_contexts
-from kvjax.types import Contexts, Params, Store
+from kvjax.types import Contexts, Params, Prepared, Store
 
 
 @overload
-def on_params_update(state: Contexts, params: Params, *, config: WorldModelConfig) -> Contexts: ...
+def on_params_update(
+    state: Contexts, params: Params | Prepared, *, config: WorldModelConfig
+) -> Contexts: ...
 
 
 @overload
-def on_params_update(state: Store, params: Params, *, config: WorldModelConfig) -> Store: ...
+def on_params_update(
+    state: Store, params: Params | Prepared, *, config: WorldModelConfig
+) -> Store: ...
 
 
 def on_params_update(
-    state: Contexts | Store, params: Params, *, config: WorldModelConfig
+    state: Contexts | Store, params: Params | Prepared, *, config: WorldModelConfig
 ) -> Contexts | Store:
     """Carries a state over to new parameters. Call it whenever they change.
 
@@ -34,11 +38,12 @@ def on_params_update(
 
     Args:
       state: `Contexts`, windows [B, C, L, 2, H, D], or a `Store`.
-      params: the new parameters.
+      params: the new parameters, or what `kvjax.prepare` made of them.
 
     Raises:
       TypeError: the state is neither.
     """
+    params = params.params if isinstance(params, Prepared) else params
     if isinstance(state, Store):
         return stores.new_epoch(state)
     if not isinstance(state, Contexts):

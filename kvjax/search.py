@@ -11,7 +11,7 @@ import numpy as np
 
 from kvjax import mctx_search, own_token_search, step, world_model
 from kvjax import tree as trees
-from kvjax.checks import ArrayLike, validate_range
+from kvjax.checks import ArrayLike, validate_contexts, validate_range
 from kvjax.config import SearchConfig, WorldModelConfig
 from kvjax.contexts import advance
 from kvjax.fused import fold
@@ -93,6 +93,7 @@ def _arrays(
     config: WorldModelConfig,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Observations, last actions and legal actions, checked, as the jitted search takes them."""
+    validate_contexts(contexts, config)
     num_envs = contexts.timestep.shape[0]
     if legal is None:
         legal = np.ones((num_envs, config.num_actions), bool)

@@ -87,6 +87,15 @@ def test_a_history_in_two_parts_equals_the_whole():
             r"observation must have shape \(4, 9, 5\), got \(4, 9, 6\)",
         ),
         ({"contexts": init_contexts(SMALL, 3)}, "contexts must have 4 rows, got 3"),
+        (
+            {"contexts": init_contexts(with_mode(SMALL, "rebuild"), 4)},
+            'the contexts keep raw tokens, which window_mode "learned" does not have',
+        ),
+        ({"action": np.zeros((4, 9))}, "action must be integers, got float64"),
+        (
+            {"observation": np.zeros((4, 0, 5)), "action": np.zeros((4, 0), int)},
+            "length must be in 0 .. 0",
+        ),
     ],
 )
 def test_bad_histories(change, message):
