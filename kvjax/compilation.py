@@ -17,15 +17,24 @@ class jit_in_order:  # noqa: N801  (used like jax.jit)
     another program, which is compiled as a whole, it is `jax.jit` as it is.
     """
 
-    def __init__(self, function: Callable[..., Any], **options: Any) -> None:
+    __wrapped__: Callable[..., Any]
+
+    def __init__(
+        self, function: Callable[..., Any], *, nested: bool = True, **options: Any
+    ) -> None:
+        """As `jax.jit`; `nested=False` promises that no other program contains the call."""
         functools.update_wrapper(self, function)
+        self._nested = nested
         self._plain = jax.jit(function, **options)
         self._in_order = jax.jit(function, compiler_options=_IN_ORDER, **options)
 
     def _program(self, arguments: Any) -> Any:
         """JAX takes compiler options only where it compiles."""
-        inside = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arguments))
-        return self._plain if inside or jax.default_backend() != "cpu" else self._in_order
+        return self._in_order if _on_cpu() and not self._is_inside(arguments) else self._plain
+
+    def _is_inside(self, arguments: Any) -> bool:
+        leaves = jax.tree.leaves(arguments) if self._nested else ()
+        return any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the function."""
@@ -34,3 +43,8 @@ class jit_in_order:  # noqa: N801  (used like jax.jit)
     def lower(self, *args: Any, **kwargs: Any) -> Any:
         """As of a jitted function."""
         return self._program((args, kwargs)).lower(*args, **kwargs)
+
+
+@functools.cache
+def _on_cpu() -> bool:
+    return jax.default_backend() == "cpu"

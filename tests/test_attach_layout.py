@@ -1,5 +1,6 @@
 """Look-up and filing in LightZero's layout against the ops on single windows, in numpy."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -127,6 +128,33 @@ def test_filing_moves_the_store_and_copies_no_table():
     place = store.nodes.entries.kv.unsafe_buffer_pointer()
     store = layout.file(store, batch, latent, describe([7] * 8), zero, is_root=False)
     assert store.nodes.entries.kv.unsafe_buffer_pointer() == place
+
+
+def test_filing_and_looking_up_in_one_call_is_one_after_the_other():
+    rng = np.random.default_rng(0)
+    zero = np.zeros((K, L, 2, H, D), np.float32)
+    known, fresh = (rng.normal(size=(3, 16)).astype(np.float32) for _ in range(2))
+    asked = np.concatenate([fresh[:2], known[2:]])
+    stores_, outputs = [], []
+    for together in (False, True):
+        rng = np.random.default_rng(1)
+        store = stores.init_store(SMALL, ENVS, 4, root_slots=2)
+        filings = []
+        for latent, lengths in ((known, (5, 1, 7)), (fresh, (7, 3, 3))):
+            filings.append((random_batch(rng, lengths)[1], latent, describe(lengths), zero))
+        store = layout.file(store, *filings[0], is_root=True)
+        rows = describe((0, 0, 0))
+        if together:
+            store, *out = layout.file_and_look_up(store, filings[1], asked, rows)
+        else:
+            store = layout.file(store, *filings[1], is_root=False)
+            counters, *out = layout.look_up(store, asked, rows, roots_only=False)
+            store = layout.with_counters(store, counters)
+        stores_.append(store)
+        outputs.append(out)
+    assert np.asarray(outputs[1][1]).tolist() == [[5, 3, 5], [2, 2, 1]]
+    chex.assert_trees_all_equal(*outputs)
+    chex.assert_trees_all_equal(*stores_)
 
 
 def test_clearing():

@@ -3,7 +3,7 @@
     handle = kvjax.lightzero.attach(world_model)
 
 The model keeps its own forward pass, its counters and its `clear_caches`. What finds, aligns,
-slides and stores key/value windows is replaced: two jitted calls per simulation, for all
+slides and stores key/value windows is replaced: one jitted call per simulation, for all
 environments at once. Windows live in jax; only the rows that a simulation reads cross to torch, as
 memory that jax has given away.
 

@@ -70,6 +70,7 @@ class AttachedMethods(_WorldModel):  # type: ignore[misc]
     def forward(self, tokens: Any, past_keys_values: Any = None, *args: Any, **kwargs: Any) -> Any:
         """LightZero's forward pass; with `padding="masked"` no pad is read."""
         bridge = state_of(self).bridge
+        bridge.settle()
         original = super().forward
         if not bridge.mask_padding or past_keys_values is not self.keys_values_wm:
             return original(tokens, past_keys_values, *args, **kwargs)
@@ -200,6 +201,7 @@ class AttachedMethods(_WorldModel):  # type: ignore[misc]
             tokens = self.keys_values_wm_token_context_list
         bridge.file(memory, lengths, latent_state, ids, tokens, is_root=is_init_infer)
         if state.shadow.mode:
+            bridge.settle()  # LightZero's code writes to the memory
             with state.original_code():
                 original()
             stored = bridge.peek(latent_state, ids, roots_only=is_init_infer)

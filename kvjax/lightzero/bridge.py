@@ -27,7 +27,7 @@ DEFAULT_SCOPE = "default"
 
 
 class Scope:
-    """One store, and what must be forgotten before it is used again."""
+    """One store, what must be filed and what must be forgotten before it is used again."""
 
     def __init__(self, description: module.Description) -> None:
         store = stores.init_store(
@@ -39,27 +39,67 @@ class Scope:
         )
         # Committed and uncommitted arrays compile twice.
         self.store: Store = jax.device_put(store)
-        self.stale_roots = np.zeros(description.num_envs, bool)
-        self.stale_nodes = False
+        self.pending: tuple[Any, ...] | None = None  # see `Bridge.file`
+        self._stale_roots = np.zeros(description.num_envs, bool)
+        self._stale_nodes = self._is_stale = False
         # Environments whose newest root was made with older weights and can be computed again.
         self.outdated = np.zeros(description.num_envs, bool)
+        self._keep = description.kept
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Scope":
         # A store is donated by whoever writes to it: two owners cannot share one.
+        self.settle()
         twin = copy.copy(self)
         twin.store = jax.tree.map(jnp.copy, self.store)
-        twin.stale_roots, twin.outdated = self.stale_roots.copy(), self.outdated.copy()
+        twin._stale_roots, twin.outdated = self._stale_roots.copy(), self.outdated.copy()
         return twin
 
+    def forget(
+        self, *, env_id: int | None = None, roots: bool = False, nodes: bool = False
+    ) -> None:
+        """Notes that the roots of one environment, all roots or all nodes are to be forgotten."""
+        self._stale_roots[slice(None) if env_id is None else env_id] |= roots
+        self._stale_nodes |= nodes
+        self._is_stale = True
+
+    def settle(self) -> None:
+        """Files what is pending, and waits until that is done."""
+        if self.pending is not None:
+            filing, self.pending = self.pending, None
+            self.file(filing, is_root=False)
+
+    def file(self, filing: tuple[Any, ...], *, is_root: bool) -> None:
+        """Files windows and waits until that is done."""
+        self.store = layout.file(self.store, *filing, is_root=is_root, keep=self._keep)
+        # One computation: when one of its results is there it no longer reads what torch lent.
+        self.store.counters.block_until_ready()
+
+    def look_up(self, latent: Array, rows: Array, *, roots_only: bool) -> tuple[Any, Any, Any]:
+        """The memory of a batch, what `layout.look_up` says of its rows, and raw tokens."""
+        filing = self.pending
+        if filing is None or roots_only or self._is_stale or filing[1].shape != latent.shape:
+            store = self.clean()
+            counters, *found = layout.look_up(store, latent, rows, roots_only=roots_only)
+            self.store = layout.with_counters(store, counters)
+        else:
+            self.pending = None
+            self.store, *found = layout.file_and_look_up(
+                self.store, filing, latent, rows, keep=self._keep
+            )
+        memory, info, raw = found
+        return memory, info, raw
+
     def clean(self) -> Store:
-        """Forgets what is stale and returns the store."""
-        if self.stale_nodes or self.stale_roots.any():
-            self.store = layout.clear(self.store, self.stale_roots, np.bool_(self.stale_nodes))
-            self.stale_roots[:], self.stale_nodes = False, False
+        """Files what is pending, forgets what is stale and returns the store."""
+        self.settle()
+        if self._is_stale:
+            self.store = layout.clear(self.store, self._stale_roots, np.bool_(self._stale_nodes))
+            self._stale_roots[:], self._stale_nodes, self._is_stale = False, False, False
         return self.store
 
     def new_epoch(self) -> None:
         """Forgets everything but raw tokens because the weights changed."""
+        self.pending = None
         self.store = layout.new_epoch(self.store)
         self.outdated[:] = self.store.latest is not None
 
@@ -114,17 +154,17 @@ class Bridge:
     def forget_roots(self, env_id: int) -> None:
         """One environment's roots go: of the scope in use, outside of any of all scopes."""
         for scope in self._affected():
-            scope.stale_roots[env_id] = True
+            scope.forget(env_id=env_id, roots=True)
 
     def forget_nodes(self) -> None:
         """All searched nodes go: of the scope in use, outside of any of all scopes."""
         for scope in self._affected():
-            scope.stale_nodes = True
+            scope.forget(nodes=True)
 
     def forget(self) -> None:
         """Everything goes, in all scopes."""
         for scope in self._scopes.values():
-            scope.stale_roots[:], scope.stale_nodes = True, True
+            scope.forget(roots=True, nodes=True)
 
     def refresh(self, wm: Any) -> None:
         """Takes the weights as they are now: the correction is computed anew."""
@@ -174,9 +214,7 @@ class Bridge:
         self.capacity(len(env_ids))
         rows = self._rows_of(env_ids)
         latent = self._latents(latent, rows.shape[1])
-        store = self.scope.clean()
-        counters, memory, info, raw = layout.look_up(store, latent, rows, roots_only=roots_only)
-        self.scope.store = layout.with_counters(store, counters)
+        memory, info, raw = self.scope.look_up(latent, rows, roots_only=roots_only)
         lengths, sources = np.asarray(info)[:, : len(env_ids)].tolist()
         tokens = None if raw is None else _unpad(raw, lengths)
         self.batch = make_batch(dlpack.hand_over(memory), lengths, sources, tokens)
@@ -184,7 +222,7 @@ class Bridge:
 
     def peek(self, latent: Any, env_ids: Sequence[int], *, roots_only: bool) -> Batch:
         """As `look_up`, counted nowhere."""
-        counters, batch = self.scope.store.counters, self.batch
+        counters, batch = self.scope.clean().counters, self.batch
         found = self.look_up(latent, env_ids, roots_only=roots_only)
         self.scope.store = layout.with_counters(self.scope.store, counters)
         self.batch = batch
@@ -200,7 +238,10 @@ class Bridge:
         *,
         is_root: bool,
     ) -> None:
-        """Stores the windows in a batch's memory under latents [B, 1, E], and waits until done.
+        """Stores the windows in a batch's memory under latents [B, 1, E].
+
+        Those of a simulation wait for the next look-up, since one call is cheaper than two: until
+        then, or until `settle`, the memory must stay as it is.
 
         `tokens` are the raw ones of each row, [length, E] tensors, where they are kept.
         """
@@ -209,20 +250,17 @@ class Bridge:
         latent = self._latents(latent, rows.shape[1])
         scope, kept = self.scope, self.description.kept
         raw = None if tokens is None else _padded(tokens, kept, rows.shape[1])
-        scope.store = layout.file(
-            scope.clean(),
-            _lend(memory),
-            latent,
-            rows,
-            self._correction,
-            raw,
-            is_root=is_root,
-            keep=kept,
-        )
+        scope.clean()
         if is_root:
+            scope.file((_lend(memory), latent, rows, self._correction, raw), is_root=True)
             scope.outdated[list(env_ids)] = False
-        # One computation: when one of its results is there it no longer reads what torch lent.
-        scope.store.counters.block_until_ready()
+        else:
+            scope.pending = _lend(memory), latent.copy(), rows, self._correction, raw
+
+    def settle(self) -> None:
+        """Files what is pending, before somebody writes to its memory."""
+        for scope in self._scopes.values():
+            scope.settle()
 
     def capacity(self, rows: int) -> int:
         """B' of a batch: few different sizes, so that little is compiled.

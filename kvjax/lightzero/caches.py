@@ -5,7 +5,7 @@ tensor [L, 2, B', H, C, D] with B' >= B; LightZero sees views of it, [B, H, C, D
 """
 
 import dataclasses
-from collections.abc import MutableSequence, Sequence
+from collections.abc import MutableSequence
 from typing import Any
 
 from kvjax.config import require
@@ -42,7 +42,7 @@ def make_batch(
         flat = flat[:, :rows]
     return Batch(
         memory=memory,
-        views=tuple(flat[index] for index in range(layers * two)),
+        views=flat.unbind(),
         lengths=lengths,
         sources=sources,
         tokens=tokens,
@@ -151,10 +151,3 @@ def install_sizes(keys_values: Any, size: int) -> None:
     """Says how many tokens a `KeysValues` holds."""
     for layer in keys_values._keys_values:
         layer._k_cache._size = layer._v_cache._size = size
-
-
-def as_list(value: Any) -> list[int]:
-    """Integers of a list, array or tensor."""
-    if isinstance(value, Sequence):
-        return [int(x) for x in value]
-    return [int(x) for x in value.tolist()]

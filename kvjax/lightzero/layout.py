@@ -10,14 +10,18 @@ H heads, D head size, P environments. `batch` is [L, 2, B, H, C, D].
 
 import dataclasses
 import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.layout import Layout, with_layout_constraint
+import numpy as np
 
 from kvjax import pool as pools
 from kvjax import statistics
 from kvjax import store as stores
+from kvjax.checks import ArrayLike
+from kvjax.compilation import jit_in_order
 from kvjax.config import BLOCK
 from kvjax.pool import NO_SLOT
 from kvjax.types import Pool, Store, Window
@@ -29,9 +33,10 @@ ENV, LENGTH, VALID = 0, 1, 2
 """Rows of the integers that describe a batch: [3, B] int32."""
 
 _replace = dataclasses.replace
+_jit = functools.partial(jit_in_order, nested=False)
 
 
-@functools.partial(jax.jit, static_argnames=("roots_only",))
+@functools.partial(_jit, static_argnames=("roots_only",))
 def look_up(
     store: Store, latent: jax.Array, rows: jax.Array, *, roots_only: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
@@ -79,42 +84,50 @@ def _raw_tokens(store: Store, found: stores.Found) -> jax.Array | None:
 def _aligned_batch(
     store: Store, found: stores.Found, length: jax.Array, pad: jax.Array
 ) -> jax.Array:
-    def from_nodes() -> jax.Array:
-        return _take_aligned(store.nodes, found.node, length, pad)
+    """Reads windows [K, L, 2, H, D] row by row straight into their places of a batch.
 
-    def from_both() -> jax.Array:
-        in_root = (found.root != NO_SLOT)[:, None, None, None]
-        return jnp.where(in_root, _take_aligned(store.roots, found.root, length, pad), from_nodes())
+    A stored window has zeros behind its length, so it may be copied whole.
+    """
+    in_root = found.root != NO_SLOT
+    slot = jnp.where(in_root, found.root, found.node)
+    stored, layers, two, heads, size = store.nodes.entries.kv.shape[1:]
+    capacity = stored + 1 + BLOCK
+    start = jnp.minimum(pad, capacity - stored)
 
-    # Below the first level of a tree no row is a root: that pool need not be read. Left to itself
-    # XLA chooses another layout inside of a conditional and copies the batch behind it.
-    batch: jax.Array = jax.lax.cond(
-        jnp.any(found.root != NO_SLOT),
-        lambda: _row_major(from_both()),
-        lambda: _row_major(from_nodes()),
-    )
-    return batch
+    def copy(row: jax.Array, batch: jax.Array, *, table: jax.Array, shift: bool) -> jax.Array:
+        window = jax.lax.dynamic_index_in_dim(table, slot[row], keepdims=False)
+        window = jnp.roll(window, pad[row] - start[row], axis=0) if shift else window
+        window = jnp.transpose(window, (1, 2, 3, 0, 4))[:, :, None]
+        place = (0, 0, row, 0, start[row], 0)
+        copied: jax.Array = jax.lax.dynamic_update_slice(batch, window, place)
+        return copied
 
-
-def _row_major(batch: jax.Array) -> jax.Array:
-    layout = Layout(major_to_minor=tuple(range(batch.ndim)))
-    constrained: jax.Array = with_layout_constraint(batch, layout)  # type: ignore[no-untyped-call]
-    return constrained
-
-
-def _take_aligned(pool: Pool, slot: jax.Array, length: jax.Array, pad: jax.Array) -> jax.Array:
-    """Reads windows [S, K, L, 2, H, D] straight into their places of a batch."""
-    table = pool.entries.kv
-    stored, capacity = table.shape[1], table.shape[1] + 1 + BLOCK
-    token = jnp.arange(capacity) - pad[:, None]
-    inside = (token >= 0) & (token < length[:, None]) & (slot != NO_SLOT)[:, None]
-    tokens = table.reshape(-1, *table.shape[2:])
-    place = jnp.where(inside, slot[:, None] * stored + token, tokens.shape[0])
-    taken = tokens.at[place].get(mode="fill", fill_value=0)  # [B, C, L, 2, H, D]
-    return jnp.transpose(taken, (2, 3, 0, 4, 1, 5))
+    kinds = [
+        functools.partial(copy, table=pool.entries.kv, shift=shift)
+        for pool in (store.nodes, store.roots)
+        for shift in (False, True)
+    ]
+    kind = jnp.where(found.hit, 2 * in_root + (start < pad), len(kinds))
+    empty = jnp.zeros((layers, two, len(slot), heads, capacity, size), store.nodes.entries.kv.dtype)
+    return _each_row(kind, kinds, empty)
 
 
-@functools.partial(jax.jit, static_argnames=("is_root", "keep"), donate_argnames=("store",))
+def _each_row(kind: jax.Array, kinds: Sequence[Callable[..., Any]], carry: jax.Array) -> jax.Array:
+    """Hands each row to the function of its kind [B], one after the other; others are left out.
+
+    A loop copies rows at the speed of memory, in one thread: beside torch's own threads that is
+    faster than to share the work.
+    """
+    order = jnp.argsort(kind)
+    ends = jnp.sum(kind[:, None] <= np.arange(len(kinds)), axis=0)
+    first = jnp.zeros_like(ends[0])
+    for function, end in zip(kinds, ends, strict=True):
+        carry = jax.lax.fori_loop(first, end, lambda i, x, f=function: f(order[i], x), carry)
+        first = end
+    return carry
+
+
+@functools.partial(_jit, static_argnames=("is_root", "keep"), donate_argnames=("store",))
 def file(
     store: Store,
     batch: jax.Array,
@@ -186,15 +199,8 @@ def _write(
         updated: jax.Array = jax.lax.dynamic_update_index_in_dim(table, window, slot[row], 0)
         return updated
 
-    # Rows in two loops, those that need no shift first: they are nearly always all rows.
-    order = jnp.argsort(jnp.where(written, overhangs, 2))
-    direct, total = jnp.sum(written & ~overhangs), jnp.sum(written)
-    table = jax.lax.fori_loop(
-        0, direct, lambda i, table: write(order[i], table, shift=False), entries.kv
-    )
-    table = jax.lax.fori_loop(
-        direct, total, lambda i, table: write(order[i], table, shift=True), table
-    )
+    kinds = [functools.partial(write, shift=shift) for shift in (False, True)]
+    table = _each_row(jnp.where(written, overhangs, len(kinds)), kinds, entries.kv)
     place = jnp.where(written, slot, entries.length.shape[0])
     if raw is not None:
         raw = jnp.asarray(entries.raw).at[place].set(raw, mode="drop")
@@ -214,6 +220,49 @@ def _read(
     window = jax.lax.dynamic_slice(batch, (0, 0, row, 0, start, 0), shape)[:, :, 0]
     window = jnp.transpose(window, (3, 0, 1, 2, 4))
     return jnp.roll(window, start - first, axis=0) if shift else window
+
+
+def file_and_look_up(
+    store: Store,
+    filing: tuple[jax.Array, ...],
+    latent: ArrayLike,
+    rows: ArrayLike,
+    *,
+    keep: int | None = None,
+) -> tuple[Store, jax.Array, jax.Array, jax.Array | None]:
+    """`file` and then `look_up`, as between two simulations, in one call.
+
+    Args:
+      store: moved, use the one that comes back.
+      filing: what `file` takes behind the store; not root windows.
+      latent: [B, E] float32, to look up.
+      rows: [3, B] int32, of the look-up.
+      keep: see `file`.
+
+    Returns:
+      The store and what `look_up` returns behind its counters.
+    """
+    # Only what changes is donated: each array that is handed back takes time.
+    changing, rest = (store.nodes, store.counters), _replace(store, nodes=None, counters=None)
+    (nodes, counters), found = _file_and_look_up(changing, rest, filing, latent, rows, keep=keep)
+    return _replace(store, nodes=nodes, counters=counters), *found
+
+
+@functools.partial(_jit, static_argnames=("keep",), donate_argnames=("changing",))
+def _file_and_look_up(
+    changing: tuple[Pool, jax.Array],
+    rest: Store,
+    filing: tuple[jax.Array, ...],
+    latent: jax.Array,
+    rows: jax.Array,
+    *,
+    keep: int | None,
+) -> tuple[tuple[Pool, jax.Array], list[Any]]:
+    nodes, counters = changing
+    store = _replace(rest, nodes=nodes, counters=counters)
+    store = file.__wrapped__(store, *filing, is_root=False, keep=keep)
+    counters, *found = look_up.__wrapped__(store, latent, rows, roots_only=False)
+    return (store.nodes, counters), found
 
 
 @functools.partial(jax.jit, donate_argnames=("store",))
