@@ -95,8 +95,8 @@ def init(prior: jax.Array, config: SearchConfig) -> Tree:
         edges=edges,
         root_visits=jnp.ones(rows),
         root_value_sum=jnp.zeros(rows),
-        low=jnp.full(rows, _LOW),
-        high=jnp.full(rows, _HIGH),
+        low=jnp.full(rows, _LOW, jnp.float32),
+        high=jnp.full(rows, _HIGH, jnp.float32),
         total_depth=jnp.zeros(rows),
     )
 

@@ -17,6 +17,7 @@ from kvjax.types import Window
 
 F = np.float32
 ZERO = F(0)
+encode = jax.jit(world_model.encode, static_argnames="config")
 root_step = jax.jit(step.root_step, static_argnames="config")
 recurrent_step = jax.jit(step.recurrent_step, static_argnames="config")
 rebuild = jax.jit(world_model.rebuild, static_argnames="config")
@@ -65,7 +66,7 @@ class Searcher:
 
     def act(self, observation, last_action, legal):
         """Visits [A], Q values [A] and the value of the root."""
-        latent = world_model.encode(self.params, observation, config=self.config)
+        latent = encode(self.params, observation, config=self.config)
         self.timestep = 0 if last_action == -1 else self.timestep + 1
         self.window, policy, _ = root_step(
             self.params,
