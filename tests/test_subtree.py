@@ -119,8 +119,11 @@ def test_a_loop_in_one_jit_equals_calls_one_by_one():
 
 def test_trees_of_another_moment_are_dropped():
     """A tree that skipped a step, one whose context was replaced, and one that holds NaN."""
-    observed = observations(4, 3)
-    contexts, first = run(init_contexts(SMALL, 3), None, observed[0], np.full(3, -1))
+    observed, contexts, action = observations(6, 3), init_contexts(SMALL, 3), np.full(3, -1)
+    for observation in observed[3:]:  # until windows are full, and alike in length
+        contexts, out = run(contexts, None, observation, action)
+        action = out.action
+    contexts, first = run(contexts, None, observed[0], action)
     later, second = run(contexts, first.kept, observed[1], first.action)
     assert (np.sum(second.visit_counts, axis=1) > 12).all()
     _, skipped = run(later, first.kept, observed[2], first.action)
