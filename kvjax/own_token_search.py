@@ -153,13 +153,15 @@ def run(
     """Grows all trees by the search's simulations; `timestep` [B] is that of their roots."""
 
     def simulate(simulation: jax.Array, state: Any) -> Any:
-        tree, tokens = state
-        path = trees.select(tree, search)
-        return _grow(folded, tree, tokens, path, simulation, timestep, config, search)
+        tree, tokens, path = state
+        path = trees.select(tree, search, path)
+        grown = _grow(folded, tree, tokens, path, simulation, timestep, config, search)
+        return *grown, path
 
     first, last = search.kept_nodes, search.num_nodes - 1
-    grown: tuple[Tree, Tokens] = jax.lax.fori_loop(first, last, simulate, (tree, tokens))
-    return grown
+    start = tree, tokens, trees.nowhere(timestep.shape[0], search)
+    tree, tokens, _ = jax.lax.fori_loop(first, last, simulate, start)
+    return tree, tokens
 
 
 def _grow(

@@ -124,9 +124,21 @@ def _exploration(config: SearchConfig) -> Exploration:
     return look_up
 
 
-def select(tree: Tree, config: SearchConfig) -> Path:
-    """Walks all rows down together until each stands at an edge without a node."""
-    levels, rows = _max_depth(config), tree.low.shape[0]
+def nowhere(rows: int, config: SearchConfig) -> Path:
+    """Room for the longest paths."""
+    steps = jnp.zeros((_max_depth(config), rows, _NUM_STEPS))
+    return Path(steps, jnp.zeros(rows, jnp.int32))
+
+
+def select(tree: Tree, config: SearchConfig, room: Path | None = None) -> Path:
+    """Walks all rows down together until each stands at an edge without a node.
+
+    Args:
+      room: a path to write over, whatever it holds: a new one for each simulation takes time where
+        there are many.
+    """
+    room = nowhere(tree.low.shape[0], config) if room is None else room
+    levels, rows = room.steps.shape[:2]
     exploration = _exploration(config)
     every_row = jnp.arange(rows)
 
@@ -148,8 +160,8 @@ def select(tree: Tree, config: SearchConfig) -> Path:
         active = active & (child >= 0) & (level + 1 < levels)
         return level + 1, active, jnp.where(active, child, node), mean, path
 
-    nowhere = Path(jnp.zeros((levels, rows, _NUM_STEPS)), jnp.zeros(rows, jnp.int32))
-    start = 0, jnp.ones(rows, bool), jnp.full(rows, ROOT), jnp.zeros(rows), nowhere
+    empty = Path(room.steps, jnp.zeros(rows, jnp.int32))
+    start = 0, jnp.ones(rows, bool), jnp.full(rows, ROOT), jnp.zeros(rows), empty
     path: Path = jax.lax.while_loop(goes_on, descend, start)[-1]
     return path
 
