@@ -329,7 +329,8 @@ def test_statistics():
     counted = stats(store)
     expected = {
         "root_queries": 4, "root_hits": 4, "queries": 7, "root_pool_hits": 7, "node_pool_hits": 0,
-        "misses": 0, "rebuilt": 0, "false_matches": 0, "root_evictions": 0, "node_evictions": 0, "not_stored": 0,
+        "misses": 0, "rebuilt": 0, "false_matches": 0,
+        "root_evictions": 0, "node_evictions": 0, "not_stored": 0,
         "batches": 3, "unequal_batches": 1, "padded_rows": 1, "pad_tokens": 4, "largest_pad": 4,
         "roots_stored": 9, "roots_slots": 768, "nodes_stored": 3, "nodes_slots": 15,
     }  # fmt: skip

@@ -132,6 +132,22 @@ def test_jit_equals_no_jit():
     chex.assert_trees_all_close(jitted, plain, atol=1e-4)
 
 
+def test_a_search_inside_of_another_program():
+    """Such as a loop over steps: XLA compiles it with the program around it."""
+    observed, actions = observations(3, 2), np.array([[-1, -1], [1, -1], [0, 2]])
+    rng = jax.random.key(0)
+
+    def step(contexts, inputs):
+        return search(PARAMS, rng, contexts, *inputs, config=SMALL, search=TEN)
+
+    looped = jax.jit(lambda *inputs: jax.lax.scan(step, init_contexts(SMALL, 2), inputs))
+    _, outputs = run(observed, actions)
+    _, inside = looped(jnp.asarray(observed), jnp.asarray(actions))
+    together = jax.tree.map(lambda *rows: np.stack(rows), *outputs)
+    chex.assert_trees_all_close(inside, together, atol=1e-5)
+    chex.assert_trees_all_equal(inside.visit_counts, together.visit_counts)
+
+
 def test_illegal_actions_are_never_visited():
     legal = np.array([[True, False, True], [False, False, True], [True, True, True]])
     _, outputs = run(observations(3, 3), [np.full(3, -1), *np.full((2, 3), 2)], legal=legal)
@@ -143,10 +159,10 @@ def test_illegal_actions_are_never_visited():
 
 
 def test_legal_actions_are_an_array_and_compile_nothing():
-    before = _search._cache_size()
+    before = _search._in_order._cache_size()
     for legal in (None, np.eye(3, dtype=bool), np.ones((3, 3), bool)):
         run(observations(1, 3), [np.full(3, -1)], legal=legal)
-    assert _search._cache_size() <= before + 1
+    assert _search._in_order._cache_size() <= before + 1
 
 
 def test_root_noise_depends_on_the_key_and_its_absence_does_not():
