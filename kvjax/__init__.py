@@ -9,6 +9,7 @@ from kvjax.params_update import on_params_update
 from kvjax.rollout import rollout
 from kvjax.search import prepare, search
 from kvjax.store import init_store, stats
+from kvjax.subtree import Kept, init_kept
 from kvjax.types import (
     AlignedWindow,
     Contexts,
@@ -25,6 +26,7 @@ __all__ = [
     "CacheMissError",
     "Contexts",
     "Inference",
+    "Kept",
     "Pool",
     "Prediction",
     "SearchConfig",
@@ -34,6 +36,7 @@ __all__ = [
     "WindowConfig",
     "WorldModelConfig",
     "init_contexts",
+    "init_kept",
     "init_store",
     "initial_inference",
     "lightzero",

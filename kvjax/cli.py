@@ -241,7 +241,8 @@ def _bench(args: argparse.Namespace) -> int:
     if args.json:
         _print_json(result)
     else:
-        _print_rows(f"kvjax bench {args.what}", result["rows"])
+        if result["rows"]:
+            _print_rows(f"kvjax bench {args.what}", result["rows"])
         for extra in result.keys() - {"machine", "versions", "rows"}:
             found = result[extra]
             _print_rows(extra, found if isinstance(found, list) else [found])

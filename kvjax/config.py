@@ -247,6 +247,8 @@ class SearchConfig:
     policies, with a whole window per node.
     `temperature` 0 takes the most visited action, the first one on ties; above 0 it samples
     proportionally to `visits ** (1 / temperature)`. `noise_fraction` 0 means no root noise.
+    `kept_nodes` is how many nodes below the action that was taken the next search begins with, at
+    most; 0, as in LightZero, begins each search anew. See `kvjax.subtree`.
 
     Raises:
       ValueError: a value lies outside its range.
@@ -261,14 +263,11 @@ class SearchConfig:
     pb_c_init: float = 1.25
     pb_c_base: float = 19652.0
     max_depth: int | None = None  # edges below the root
+    kept_nodes: int = 0
 
     def __post_init__(self) -> None:
         require_positive(self, "num_simulations")
-        require(
-            self.num_simulations <= MAX_SIMULATIONS,
-            f"num_simulations must be at most {MAX_SIMULATIONS}, got {self.num_simulations}: a tree"
-            " holds no more nodes",
-        )
+        self._check_size()
         if self.max_depth is not None:
             require_positive(self, "max_depth")
         require_one_of("tree", self.tree, TREES)
@@ -280,6 +279,31 @@ class SearchConfig:
         require(base > 0.0, f"pb_c_base must be above 0, got {base}")
         temperature = self.temperature
         require(temperature >= 0.0, f"temperature must be at least 0, got {temperature}")
+
+    def _check_size(self) -> None:
+        simulations, kept = self.num_simulations, self.kept_nodes
+        require(
+            simulations <= MAX_SIMULATIONS,
+            f"num_simulations must be at most {MAX_SIMULATIONS}, got {simulations}: a tree"
+            " holds no more nodes",
+        )
+        is_count = isinstance(kept, int) and not isinstance(kept, bool) and kept >= 0
+        require(is_count, f"kept_nodes must be an integer, at least 0, got {kept!r}")
+        require(
+            kept + simulations <= MAX_SIMULATIONS,
+            f"kept_nodes must be at most {MAX_SIMULATIONS - simulations} beside {simulations}"
+            f" simulations, got {kept}: a tree holds no more nodes",
+        )
+        require(
+            kept == 0 or self.tree == "lightzero",
+            f'kept_nodes needs tree "lightzero", got {kept} with tree "{self.tree}": mctx begins'
+            " each search anew",
+        )
+
+    @property
+    def num_nodes(self) -> int:
+        """Nodes N that a tree has room for: the root, the kept ones, one per simulation."""
+        return 1 + self.kept_nodes + self.num_simulations
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,7 +28,7 @@ from kvjax.config import BLOCK, SearchConfig, WorldModelConfig
 from kvjax.fused import Cached, Folded, Fresh
 from kvjax.ops import position, support
 from kvjax.tree import Path, Tree
-from kvjax.types import Contexts, Window
+from kvjax.types import Window
 
 
 @jax.tree_util.register_dataclass
@@ -41,6 +41,20 @@ class Tokens:
     length: jax.Array  # [N, B] int32
 
 
+def empty_tokens(config: WorldModelConfig, rows: int, nodes: int) -> Tokens:
+    """Tables of zeros and nodes without a window."""
+    kept, keeps_raw = config.window.kept_length, config.window.raw_size is not None
+    shape = (kept + BLOCK * (nodes - 1), rows, config.embed_dim)
+    dtype = jnp.promote_types(config.dtype, jnp.float32) if keeps_raw else config.dtype
+    return Tokens(
+        tables=tuple(
+            jnp.zeros(shape, dtype) for _ in range(1 if keeps_raw else 2 * config.num_layers)
+        ),
+        slots=jnp.zeros((nodes, rows, kept), jnp.int32),
+        length=jnp.zeros((nodes, rows), jnp.int32),
+    )
+
+
 def init_tokens(folded: Folded, window: Window, config: WorldModelConfig, nodes: int) -> Tokens:
     """Tables that hold the roots' windows: `window.kv` [B, C, L, 2, H, D]."""
     rows, kept = window.length.shape[0], config.window.kept_length
@@ -51,19 +65,14 @@ def init_tokens(folded: Folded, window: Window, config: WorldModelConfig, nodes:
         kv = window.kv[:, :kept].astype(jnp.float32)
         held = _parts(kv if folded.projected is None else kv - folded.projected[:kept])
     valid = (jnp.arange(kept) < window.length[:, None])[..., None]
-    shape = (kept + BLOCK * (nodes - 1), rows, config.embed_dim)
-    dtype = config.dtype if window.raw is None else window.raw.dtype
-    tables = [
-        jnp.zeros(shape, dtype)
-        .at[:kept]
-        .set(jnp.moveaxis(jnp.where(valid, part, 0.0), 0, 1).astype(dtype))
-        for part in held
-    ]
-    slots = jnp.zeros((nodes, rows, kept), jnp.int32).at[trees.ROOT].set(jnp.arange(kept))
+    empty = empty_tokens(config, rows, nodes)
     return Tokens(
-        tables=tuple(tables),
-        slots=slots,
-        length=jnp.zeros((nodes, rows), jnp.int32).at[trees.ROOT].set(window.length),
+        tables=tuple(
+            table.at[:kept].set(jnp.moveaxis(jnp.where(valid, part, 0.0), 0, 1).astype(table.dtype))
+            for table, part in zip(empty.tables, held, strict=True)
+        ),
+        slots=empty.slots.at[trees.ROOT].set(jnp.arange(kept)),
+        length=empty.length.at[trees.ROOT].set(window.length),
     )
 
 
@@ -105,7 +114,7 @@ def write(
     *,
     config: WorldModelConfig,
 ) -> Tokens:
-    """Adds the node of a simulation: its parent's `slots` [B, T] and `length` [B], and its block.
+    """Adds node `simulation + 1`: its parent's `slots` [B, T] and `length` [B], and its block.
 
     The block's two tokens [2, B, E] go to each table. A parent that is full loses its oldest block,
     or all but the block's last token (window mode "reset").
@@ -135,22 +144,24 @@ def write(
 
 def run(
     folded: Folded,
-    prior: jax.Array,
-    contexts: Contexts,
+    tree: Tree,
+    tokens: Tokens,
+    timestep: jax.Array,
     config: WorldModelConfig,
     search: SearchConfig,
-) -> Tree:
-    """Searches all rows from their roots' prior [B, A] (see `kvjax.tree.softmax`) and contexts."""
-    tree = trees.init(prior, search)
-    tokens = init_tokens(folded, contexts.window, config, search.num_simulations + 1)
+) -> tuple[Tree, Tokens]:
+    """Grows all trees by the search's simulations; `timestep` [B] is that of their roots."""
 
     def simulate(simulation: jax.Array, state: Any) -> Any:
-        tree, tokens = state
-        path = trees.select(tree, search)
-        return _grow(folded, tree, tokens, path, simulation, contexts.timestep, config, search)
+        tree, tokens, path = state
+        path = trees.select(tree, search, path)
+        grown = _grow(folded, tree, tokens, path, simulation, timestep, config, search)
+        return *grown, path
 
-    grown: Tree = jax.lax.fori_loop(0, search.num_simulations, simulate, (tree, tokens))[0]
-    return grown
+    first, last = search.kept_nodes, search.num_nodes - 1
+    start = tree, tokens, trees.nowhere(timestep.shape[0], search)
+    tree, tokens, _ = jax.lax.fori_loop(first, last, simulate, start)
+    return tree, tokens
 
 
 def _grow(
@@ -163,7 +174,7 @@ def _grow(
     config: WorldModelConfig,
     search: SearchConfig,
 ) -> tuple[Tree, Tokens]:
-    """One simulation: imagines a step from each path's end and backs its value up."""
+    """Makes node `simulation + 1`: imagines a step from each path's end, backs its value up."""
     parent, action = path.leaf()
     cached, slots, length, valid = read(tokens, folded, parent, config=config)
     at_action, at_observation = _rotations(timestep, path.depth, config)

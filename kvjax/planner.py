@@ -10,11 +10,12 @@ import jax
 import numpy as np
 
 from kvjax import store as stores
-from kvjax.config import SearchConfig, WorldModelConfig
+from kvjax.config import SearchConfig, WorldModelConfig, require
 from kvjax.contexts import init_contexts
 from kvjax.host_search import host_search, most_visited
 from kvjax.search import prepare, search
 from kvjax.step import FIRST_STEP
+from kvjax.subtree import Kept
 from kvjax.types import Params
 
 Array = np.ndarray[Any, Any]
@@ -31,6 +32,9 @@ def make_planner(
 
     Args:
       route: "tree" (`kvjax.search`) or "store" (`kvjax.host_search`).
+
+    Raises:
+      ValueError: the host's trees are to keep nodes.
     """
     make = {"tree": _tree_planner, "store": _store_planner}[route]
     return make(params, config, search_config, num_envs)
@@ -40,12 +44,21 @@ def _tree_planner(
     params: Params, config: WorldModelConfig, search_config: SearchConfig, num_envs: int
 ) -> Planner:
     contexts, prepared = init_contexts(config, num_envs), prepare(params, config=config)
+    kept: Kept | None = None
 
     def plan(rng: jax.Array, observation: Array, last_action: Array) -> Array:
-        nonlocal contexts
+        nonlocal contexts, kept
         contexts, out = search(
-            prepared, rng, contexts, observation, last_action, config=config, search=search_config
+            prepared,
+            rng,
+            contexts,
+            observation,
+            last_action,
+            config=config,
+            search=search_config,
+            kept=kept,
         )
+        kept = out.kept
         return np.asarray(out.action)
 
     return plan
@@ -54,6 +67,8 @@ def _tree_planner(
 def _store_planner(
     params: Params, config: WorldModelConfig, search_config: SearchConfig, num_envs: int
 ) -> Planner:
+    kept = search_config.kept_nodes
+    require(kept == 0, f'route "store" begins each search anew: kept_nodes must be 0, got {kept}')
     clear = jax.jit(stores.clear_environment, donate_argnames=("store",))
     store = stores.init_store(config, num_envs, search_config.num_simulations)
     latent = np.zeros((num_envs, config.embed_dim), np.float32)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvjax import mctx_search, own_token_search, step, world_model
+from kvjax import mctx_search, own_token_search, step, subtree, world_model
 from kvjax import tree as trees
 from kvjax.checks import ArrayLike, validate_contexts, validate_range
 from kvjax.compilation import jit_in_order
@@ -17,6 +17,7 @@ from kvjax.config import SearchConfig, WorldModelConfig
 from kvjax.contexts import advance
 from kvjax.fused import fold
 from kvjax.ops import support
+from kvjax.subtree import Kept
 from kvjax.types import Contexts, Params, Prepared, SearchOutput
 
 _TINY = float(np.finfo(np.float32).tiny)
@@ -42,6 +43,7 @@ def search(
     *,
     config: WorldModelConfig,
     search: SearchConfig,
+    kept: Kept | None = None,
 ) -> tuple[Contexts, SearchOutput]:
     """Advances every environment by one step and plans the next action. One jitted call.
 
@@ -54,6 +56,8 @@ def search(
       legal: [B, A] bool, all true by default.
       config: the model's configuration (static).
       search: the search's configuration (static).
+      kept: with `kept_nodes`, the previous call's `out.kept`, from which rows go on that took an
+        action it had tried; nothing by default. Drop it when the parameters change.
 
     Returns:
       The new contexts and a `SearchOutput`. A row whose observation or context makes the model
@@ -61,10 +65,11 @@ def search(
 
     Raises:
       ValueError: a shape does not fit, or host arrays hold an action outside -1 .. A - 1 or a row
-        without a legal action.
+        without a legal action; `kept` without `kept_nodes`, or of another configuration.
     """
     arrays = _arrays(contexts, observation, last_action, legal, config)
-    contexts, out = _search(params, rng, contexts, *arrays, config=config, search=search)
+    kept = _kept(kept, contexts, config, search)
+    contexts, out = _search(params, rng, contexts, *arrays, kept, config=config, search=search)
     return contexts, out
 
 
@@ -78,10 +83,12 @@ def compiled(
     *,
     config: WorldModelConfig,
     search: SearchConfig,
+    kept: Kept | None = None,
 ) -> jax.stages.Compiled:
     """What `search` runs for these arguments: its text, and how much memory it takes."""
     arrays = _arrays(contexts, observation, last_action, legal, config)
-    lowered = _search.lower(params, rng, contexts, *arrays, config=config, search=search)
+    kept = _kept(kept, contexts, config, search)
+    lowered = _search.lower(params, rng, contexts, *arrays, kept, config=config, search=search)
     program: jax.stages.Compiled = lowered.compile()
     return program
 
@@ -107,6 +114,17 @@ def _arrays(
         jnp.asarray(last_action, jnp.int32),
         jnp.asarray(legal, bool),
     )
+
+
+def _kept(
+    kept: Kept | None, contexts: Contexts, config: WorldModelConfig, search: SearchConfig
+) -> Kept | None:
+    """What the search begins with: nothing at all unless it keeps nodes, so that it can be None."""
+    rows = contexts.timestep.shape[0]
+    if kept is not None:
+        subtree.validate(kept, rows, config, search)
+        return kept
+    return subtree.init_kept(config, rows, search) if search.kept_nodes else None
 
 
 def _validate(
@@ -140,6 +158,7 @@ def _search(
     observation: jax.Array,
     last_action: jax.Array,
     legal: jax.Array,
+    kept: Kept | None = None,
     *,
     config: WorldModelConfig,
     search: SearchConfig,
@@ -158,8 +177,11 @@ def _search(
     noise_rng, action_rng = jax.random.split(rng)
     prior = trees.softmax(policy, legal)
     folded = fold(variables, config=config) if folded is None else folded
-    noisy = _with_noise(noise_rng, prior, legal, search)
-    tree = own_token_search.run(folded, noisy, contexts, config, search)
+    tree = trees.init(_with_noise(noise_rng, prior, legal, search), search)
+    tokens = own_token_search.init_tokens(folded, contexts.window, config, search.num_nodes)
+    if kept is not None:
+        tree, tokens = subtree.promote(kept, tree, tokens, contexts.timestep, last_action, search)
+    tree, tokens = own_token_search.run(folded, tree, tokens, contexts.timestep, config, search)
     visit_counts = trees.visit_counts(tree)
     return contexts, SearchOutput(
         action=mctx_search.choose(action_rng, visit_counts, legal, search.temperature),
@@ -172,6 +194,7 @@ def _search(
         finite=mctx_search.all_finite(
             policy, root_value, trees.root_value(tree), tree.low, tree.high
         ),
+        kept=None if kept is None else Kept(tree, tokens, contexts.timestep),
     )
 
 

@@ -4,11 +4,12 @@ Statistics of an edge live at its parent, so that one read per level is all that
 Selection only reads them, and notes what it saw along its path; backup only writes them. XLA then
 updates the table in place.
 
-Shapes: B rows (one tree each), A actions, N nodes (the root is 0, simulation s makes node s + 1),
-V levels of the deepest path.
+Shapes: B rows (one tree each), A actions, N nodes (the root is 0, what was kept comes next, and
+simulation s makes node kept_nodes + s + 1), V levels of the deepest path.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -37,6 +38,8 @@ _NUM_STEPS = _EDGE + _NUM_FIELDS - CHILD
 ILLEGAL = -1.0
 _MIN_RANGE = 0.01
 _LOW, _HIGH = 1e6, -1e6  # extremes of no value
+
+Exploration = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
 
 
 @jax.tree_util.register_dataclass
@@ -86,32 +89,57 @@ def _sum(x: jax.Array) -> jax.Array:
 def init(prior: jax.Array, config: SearchConfig) -> Tree:
     """Trees that hold their roots: prior [B, A] from `softmax`, perhaps with noise."""
     rows, num_actions = prior.shape
-    shape = (config.num_simulations + 1, rows, _NUM_FIELDS, num_actions)
+    shape = (config.num_nodes, rows, _NUM_FIELDS, num_actions)
     edges = jnp.zeros(shape).at[:, :, CHILD].set(UNVISITED).at[ROOT, :, PRIOR].set(prior)
     return Tree(
         edges=edges,
         root_visits=jnp.ones(rows),
         root_value_sum=jnp.zeros(rows),
-        low=jnp.full(rows, _LOW),
-        high=jnp.full(rows, _HIGH),
+        low=jnp.full(rows, _LOW, jnp.float32),
+        high=jnp.full(rows, _HIGH, jnp.float32),
         total_depth=jnp.zeros(rows),
     )
 
 
-def _exploration(config: SearchConfig) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """MuZero's weight and the square root, by the visits of a node's children: [N] each."""
-    total, base = (
-        np.arange(config.num_simulations + 1, dtype=np.float32),
-        np.float32(config.pb_c_base),
-    )
-    weight = np.log((total + base + np.float32(1)) / base) + np.float32(config.pb_c_init)
-    return weight, np.sqrt(total)
+def _exploration(config: SearchConfig) -> Exploration:
+    """MuZero's weight and the square root [B] of the visits of each node's children: [B].
+
+    They are looked up, since numpy's logarithm is the reference's to the last bit. Visits that were
+    kept from earlier searches know no bound, and are computed with.
+    """
+    base, init = np.float32(config.pb_c_base), np.float32(config.pb_c_init)
+
+    def compute(numpy: Any, total: Any) -> tuple[Any, Any]:
+        return numpy.log((total + base + np.float32(1)) / base) + init, numpy.sqrt(total)
+
+    if config.kept_nodes > 0:
+        return lambda total: compute(jnp, total)
+    tables = compute(np, np.arange(config.num_simulations + 1, dtype=np.float32))
+    weights, roots = (jnp.asarray(table) for table in tables)
+
+    def look_up(total: jax.Array) -> tuple[jax.Array, jax.Array]:
+        index = total.astype(jnp.int32)
+        return weights[index], roots[index]
+
+    return look_up
 
 
-def select(tree: Tree, config: SearchConfig) -> Path:
-    """Walks all rows down together until each stands at an edge without a node."""
-    levels, rows = _max_depth(config), tree.low.shape[0]
-    weights, roots = (jnp.asarray(table) for table in _exploration(config))
+def nowhere(rows: int, config: SearchConfig) -> Path:
+    """Room for the longest paths."""
+    steps = jnp.zeros((_max_depth(config), rows, _NUM_STEPS))
+    return Path(steps, jnp.zeros(rows, jnp.int32))
+
+
+def select(tree: Tree, config: SearchConfig, room: Path | None = None) -> Path:
+    """Walks all rows down together until each stands at an edge without a node.
+
+    Args:
+      room: a path to write over, whatever it holds: a new one for each simulation takes time where
+        there are many.
+    """
+    room = nowhere(tree.low.shape[0], config) if room is None else room
+    levels, rows = room.steps.shape[:2]
+    exploration = _exploration(config)
     every_row = jnp.arange(rows)
 
     def goes_on(state: Any) -> jax.Array:
@@ -120,7 +148,7 @@ def select(tree: Tree, config: SearchConfig) -> Path:
     def descend(state: Any) -> Any:
         level, active, node, parent_q, path = state
         edge = tree.edges[node, every_row]
-        mean, action = _best(tree, edge, node, parent_q, weights, roots)
+        mean, action = _best(tree, edge, node, parent_q, exploration)
         chosen = edge[every_row, :, action]
         where = jnp.stack([node.astype(jnp.float32), action.astype(jnp.float32)], axis=1)
         taken = jnp.concatenate([where, chosen[:, _UPDATED]], axis=1)
@@ -132,14 +160,15 @@ def select(tree: Tree, config: SearchConfig) -> Path:
         active = active & (child >= 0) & (level + 1 < levels)
         return level + 1, active, jnp.where(active, child, node), mean, path
 
-    nowhere = Path(jnp.zeros((levels, rows, _NUM_STEPS)), jnp.zeros(rows, jnp.int32))
-    start = 0, jnp.ones(rows, bool), jnp.full(rows, ROOT), jnp.zeros(rows), nowhere
+    empty = Path(room.steps, jnp.zeros(rows, jnp.int32))
+    start = 0, jnp.ones(rows, bool), jnp.full(rows, ROOT), jnp.zeros(rows), empty
     path: Path = jax.lax.while_loop(goes_on, descend, start)[-1]
     return path
 
 
 def _max_depth(config: SearchConfig) -> int:
-    return min(config.max_depth or config.num_simulations, config.num_simulations)
+    deepest = config.num_nodes - 1
+    return min(config.max_depth or deepest, deepest)
 
 
 def _best(
@@ -147,8 +176,7 @@ def _best(
     edge: jax.Array,
     node: jax.Array,
     parent_q: jax.Array,
-    weights: jax.Array,
-    roots: jax.Array,
+    exploration: Exploration,
 ) -> tuple[jax.Array, jax.Array]:
     """Each node's mean Q [B] and the action [B] with the largest score, the first on ties."""
     visits = edge[:, VISITS]
@@ -160,9 +188,9 @@ def _best(
     spread = (tree.high - tree.low)[:, None]
     scaled = (q - tree.low[:, None]) / jnp.maximum(spread, _MIN_RANGE)
     value = jnp.clip(jnp.where(spread > 0, scaled, q), 0.0, 1.0)
-    total = _sum(visits).astype(jnp.int32)
-    exploration = weights[total][:, None] * (roots[total][:, None] / (visits + 1)) * edge[:, PRIOR]
-    score = jnp.where(edge[:, PRIOR] < 0, -jnp.inf, exploration + value)
+    weight, square_root = exploration(_sum(visits))
+    bonus = weight[:, None] * (square_root[:, None] / (visits + 1)) * edge[:, PRIOR]
+    score = jnp.where(edge[:, PRIOR] < 0, -jnp.inf, bonus + value)
     return mean, jnp.argmax(score, axis=1).astype(jnp.int32)
 
 

@@ -85,6 +85,7 @@ class SearchOutput(display.Drawn):
     network_value: jax.Array  # [B] the network's own value of the root
     mean_depth: jax.Array  # [B] edges below the root, mean over simulations
     finite: jax.Array  # [B] bool, False: the model answered NaN or infinity, discard the row
+    kept: Any = None  # kvjax.subtree.Kept for the next search, with `SearchConfig.kept_nodes`
 
     def _picture(self) -> display.Picture | None:
         return display.search_output(self)

@@ -51,6 +51,8 @@ def test_the_floor_is_a_chain():
 
 def test_a_row(monkeypatch, no_lightzero):
     monkeypatch.setattr(search, "CASES", (TINY,))
+    large = dataclasses.replace(TINY, simulations=9)
+    monkeypatch.setattr(search, "GROWTH", ((TINY, 0.1), (large, 4.0)))
     told = []
     result = search.run(progress=lambda fraction, text: told.append((fraction, text)))
     (row,) = result["rows"]
@@ -65,6 +67,35 @@ def test_a_row(monkeypatch, no_lightzero):
     assert fractions == sorted(fractions)
     assert fractions[-1] == 1.0
     assert any("floor" in text for _, text in told)
+    assert [row["simulations"] for row in result["growth"]] == [3, 9]
+
+
+def test_growth(monkeypatch):
+    """A simulation's time and the depth of two trees; the second is over the first."""
+    large = dataclasses.replace(TINY, simulations=9)
+    monkeypatch.setattr(search, "GROWTH", ((TINY, 0.1), (large, 4.0)))
+    monkeypatch.setattr(search.timing, "medians_in_turn", medians := MedianOfOne())
+    result = search.run(only="growth")
+    assert result["rows"] == []
+    small, big = result["growth"]
+    sizes = {"embed": 16, "layers": 2, "context": 8, "envs": 2}
+    assert (sizes | {"simulations": 3, "pb_c_init": 0.1}).items() <= small.items()
+    assert (sizes | {"simulations": 9, "pb_c_init": 4.0}).items() <= big.items()
+    assert (small["us_per_simulation"], big["us_per_simulation"]) == (1000.0, 2000.0)
+    assert (small["ratio"], big["ratio"]) == (1.0, 2.0)
+    assert 1 <= small["mean_depth"] <= 2 < medians.rounds
+    assert 1 < big["mean_depth"] <= 5
+
+
+class MedianOfOne:
+    """Three simulations take 3 ms, nine take 18 ms."""
+
+    def __call__(self, candidates, *, repeats, warmup):
+        self.rounds = repeats + warmup
+        for _ in range(self.rounds):
+            for run in candidates.values():
+                run()
+        return dict(zip(candidates, (3.0, 18.0), strict=True))
 
 
 def test_cases():
@@ -78,6 +109,7 @@ def test_cases():
         (768, 64, 8, 200),
     }
     assert {(c.layers, c.heads) for c in search.CASES} == {(2, 8)}
+    assert [case.simulations for case, _ in search.GROWTH] == [50, 800]
 
 
 @pytest.mark.parametrize(
@@ -87,6 +119,7 @@ def test_cases():
 def test_only_picks_rows_by_whole_parts(monkeypatch, only, count):
     """`envs=8` is not a part of `envs=80`, and every part must fit."""
     monkeypatch.setattr(search, "_row", lambda case, progress: {"case": case})
+    monkeypatch.setattr(search, "growth", list)
     cases = [row["case"] for row in search.run(only=only)["rows"]]
     assert len(cases) == count
     assert all(

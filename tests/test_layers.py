@@ -21,6 +21,7 @@ LAYERS = (
     ("step",),
     ("fused", "tree", "mctx_search", "contexts", "rollout"),
     ("own_token_search", "params_update"),
+    ("subtree",),
     ("search", "inference"),
     ("host_search",),
     ("planner", "checkpoint", "lightzero.encoder_tensors", "gif"),

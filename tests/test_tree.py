@@ -82,6 +82,7 @@ MODES = (
     ("learned", 4),
     ("learned", 8),
     ("learned", 20),
+    ("learned", 64),
     ("rope_lightzero", 8),
     ("rope_consistent", 4),
     ("rebuild", 8),
@@ -95,18 +96,22 @@ MODES = (
 def test_own_tokens_equal_whole_windows(mode, context_length):
     """Deep searches from short, full and slid root windows; a row restarts on the way."""
     config = with_mode(dataclasses.replace(SMALL, context_length=context_length), mode)
+    if not config.is_rotary:
+        config = dataclasses.replace(config, max_tokens=max(24, context_length))
+    restart, fills = 7, context_length // 2
+    steps = max(12, restart + fills + 5)
     params, search_config = random_params(config), SearchConfig(num_simulations=30, discount=0.9)
     correction = world_model.slide_correction(params, config=config)
     push = jax.jit(functools.partial(step.root_step, params, correction, config=config))
     encode = functools.partial(world_model.encode, params, config=config)
     rng = np.random.default_rng(0)
     contexts = init_contexts(config, 2)
-    for t in range(12):
+    for t in range(steps):
         observation = rng.normal(size=(2, 5)).astype(np.float32)
         action = rng.integers(0, 3, size=2)
-        action[[t == 0, t in (0, 7)]] = -1
+        action[[t == 0, t in (0, restart)]] = -1
         before = contexts.window
-        timesteps = np.array([t, t % 7])
+        timesteps = np.array([t, t - restart if t >= restart else t])
         contexts, out = search(
             params,
             jax.random.key(0),

@@ -3,6 +3,8 @@
 They are mctx with a window per node, the floor (`kvjax.bench.floor`) and LightZero 0.2.0 where it
 is installed. All search the same random weights, step after step of an episode, so that windows are
 as full as in play.
+
+`growth` is about this search alone: what a simulation costs in a small and in a large tree.
 """
 
 import dataclasses
@@ -28,6 +30,7 @@ _MIN_BLOCKS = 10
 _BLOCK = 2  # tokens of a step
 _WARMUP = 2  # rounds that compile
 _MIB = 2**20
+_GROWTH = "growth"
 T = TypeVar("T")
 _TREES: dict[str, Tree] = {"kvjax": "lightzero", "mctx": "muzero"}
 
@@ -70,20 +73,28 @@ CASES = (
     Case(embed=768, layers=2, heads=8, context=64, envs=8, simulations=200, repeats=1),
 )
 
+GROWTH = (
+    (Case(embed=64, layers=2, heads=8, context=8, envs=8, simulations=50, repeats=15), 0.1),
+    (Case(embed=64, layers=2, heads=8, context=8, envs=8, simulations=800, repeats=15), 4.0),
+)
+"""A small and a large tree, and how eager each is to explore: so that both are equally deep."""
+
 
 def run(*, only: str = "", progress: Progress = lambda fraction, text: None) -> dict[str, Any]:
     """Measures every case whose label contains all comma-separated parts of `only`.
 
     Returns:
-      The fields of `--json`: machine, versions and one row per case.
+      The fields of `--json`: machine, versions, one row per case, and `growth` where `only` is
+      empty or "growth".
 
     Raises:
       ValueError: no case fits `only`.
     """
     parts = [part for part in only.split(",") if part]
     cases = [case for case in CASES if all(p in case.label().split(",") for p in parts)]
-    if not cases:
-        labels = "; ".join(case.label() for case in CASES)
+    grows = only in ("", _GROWTH)
+    if not cases and not grows:
+        labels = "; ".join([*(case.label() for case in CASES), _GROWTH])
         raise ValueError(f"no benchmark row matches {only!r}; rows are {labels}")
     total, rows = sum(_rounds(case) for case in cases), []
     for index, case in enumerate(cases):
@@ -92,8 +103,44 @@ def run(*, only: str = "", progress: Progress = lambda fraction, text: None) -> 
         rows.append(
             _row(case, lambda text, turn: progress((before + turn) / total, f"{label}: {text}"))  # noqa: B023
         )
+    result = {"machine": timing.machine(), "versions": timing.versions(), "rows": rows}
+    if grows:
+        progress(float(bool(cases)), "a simulation in small and large trees")
+        result[_GROWTH] = growth()
     progress(1.0, "done")
-    return {"machine": timing.machine(), "versions": timing.versions(), "rows": rows}
+    return result
+
+
+def growth() -> list[dict[str, Any]]:
+    """Time of one simulation by the size of its tree, at equal mean depth, in turn.
+
+    Deep paths cost more than shallow ones, whatever the tree; hence the equal depth, which the rows
+    report. `ratio` is over the first row's time.
+    """
+    config, params = _model(GROWTH[0][0], None)
+    depths: list[list[float]] = [[] for _ in GROWTH]
+
+    def search_of(index: int) -> Callable[[], None]:
+        case, exploration = GROWTH[index]
+        one = _Search(case, config, params, "lightzero", pb_c_init=exploration)
+
+        def step() -> None:
+            one.step()
+            depths[index].append(one.mean_depth)
+
+        return step
+
+    candidates = {str(index): search_of(index) for index in range(len(GROWTH))}
+    medians = timing.medians_in_turn(candidates, repeats=GROWTH[0][0].repeats, warmup=_WARMUP)
+    rows: list[dict[str, Any]] = []
+    for (case, exploration), taken, depth in zip(GROWTH, medians.values(), depths, strict=True):
+        row = {name: getattr(case, name) for name in Case.SIZES} | {"pb_c_init": exploration}
+        row["us_per_simulation"] = 1e3 * taken / case.simulations
+        row["mean_depth"] = float(np.mean(depth[_WARMUP:]))
+        rows.append(row)
+    return [
+        row | {"ratio": row["us_per_simulation"] / rows[0]["us_per_simulation"]} for row in rows
+    ]
 
 
 def _row(case: Case, progress: Callable[[str, int], None]) -> dict[str, Any]:
@@ -159,7 +206,14 @@ def _model(case: Case, model: Any | None) -> tuple[WorldModelConfig, Params]:
 class _Search:
     """One step of an episode per call of `step`; windows are full from the first."""
 
-    def __init__(self, case: Case, config: WorldModelConfig, params: Params, tree: Tree) -> None:
+    def __init__(
+        self,
+        case: Case,
+        config: WorldModelConfig,
+        params: Params,
+        tree: Tree,
+        pb_c_init: float = SearchConfig.pb_c_init,
+    ) -> None:
         self.prepared = prepare(params, config=config)
         self.mean_depth = 0.0  # of the last search, mean over rows
         short = SearchConfig(num_simulations=1)
@@ -169,7 +223,7 @@ class _Search:
         for _ in range(case.blocks):
             self._contexts, out = self._run(search, short)
             self._action = np.asarray(out.action)
-        self._search = SearchConfig(num_simulations=case.simulations, tree=tree)
+        self._search = SearchConfig(case.simulations, tree, pb_c_init=pb_c_init)
 
     def _run(self, function: Callable[..., T], search_config: SearchConfig) -> T:
         arrays = self._contexts, self._observation, self._action
