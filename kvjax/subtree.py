@@ -58,6 +58,9 @@ class _Renumbered:
 def init_kept(config: WorldModelConfig, num_envs: int, search: SearchConfig) -> Kept:
     """Empty trees to begin with, where a loop needs something to carry.
 
+    Returns:
+      `Kept` with edges [N, B, 6, A], tables [M, B, E] and windows [N, B, T].
+
     Raises:
       ValueError: the search has no `kept_nodes`.
     """
