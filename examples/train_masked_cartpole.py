@@ -5,8 +5,7 @@
 Runs LightZero 0.2.0's own `train_unizero` twice with the same seed and settings. The difference
 is one line, `kvjax.lightzero.attach(world_model)`, and that collector and evaluator, which share
 one model, get a store each. A run ends when the evaluator's mean return reaches 195. Needs
-`pip install -e '.[lightzero]'`, LightZero 0.2.0, DI-engine, wandb and matplotlib; about six minutes
-a run on one core.
+`pip install -e '.[training]'` beside LightZero 0.2.0 and DI-engine as `make test` installs them.
 
 The agent sees the cart's position and the pole's angle, no velocities: it must infer them from its
 context, so a run that loses its caches does not learn.

@@ -25,4 +25,7 @@ def test_rows(monkeypatch, capsys):
 
 def test_an_unknown_row(capsys):
     assert cli.main(["bench", "bridge", "--only", "embed=1"]) == 2
-    assert "rows are embed=64,envs=8" in capsys.readouterr().err or not lightzero_020.available()
+    assert (
+        "rows are embed=64,layers=2,context=8,envs=8" in capsys.readouterr().err
+        or not lightzero_020.available()
+    )

@@ -43,7 +43,7 @@ LAYERS = (
     ("verify_episodes",),
     ("play", "verify", "bench.timing", "bench.lightzero_020"),
     ("bench",),
-    ("bench.floor",),
+    ("bench.floor", "bench.case"),
     ("bench.search", "bench.ops", "bench.bridge", "bench.exactness"),
     ("cli",),
 )

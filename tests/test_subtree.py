@@ -21,7 +21,7 @@ CASES = (
     ("learned", 20, {"max_depth": 3}),
     ("rope_lightzero", 8, {"kept_nodes": 6}),
     ("rebuild", 8, {}),
-    ("reset", 8, {}),
+    ("reset", 8, {"max_depth": 3}),
 )
 
 

@@ -5,7 +5,6 @@ C++ tree. Needs LightZero.
 """
 
 import copy
-import dataclasses
 import time
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 
 from kvjax import lightzero
 from kvjax.bench import lightzero_020, timing
+from kvjax.bench.case import Case, choose, lightzero_model, observations
 from kvjax.config import SearchConfig
 from kvjax.contexts import init_contexts
 from kvjax.search import prepare, search
@@ -22,27 +22,7 @@ from kvjax.step import FIRST_STEP
 
 Progress = Callable[[float, str], None]
 
-_OBSERVATION_SIZE = 4
-_NUM_ACTIONS = 6
 _WARMUP = 5  # root windows are full after C / 2 steps
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """Sizes of one row of the benchmark."""
-
-    embed: int
-    envs: int
-    repeats: int
-    layers: int = 2
-    heads: int = 8
-    context: int = 8  # tokens
-    simulations: int = 50
-
-    def label(self) -> str:
-        """What `--only` is matched against."""
-        return f"embed={self.embed},envs={self.envs}"
-
 
 CASES = (
     Case(embed=64, envs=8, repeats=15),
@@ -65,11 +45,7 @@ def run(*, only: str = "", progress: Progress = lambda fraction, text: None) -> 
     """
     if not lightzero_020.available():
         raise ValueError("this benchmark needs LightZero 0.2.0 and torch: make test installs them")
-    parts = [part for part in only.split(",") if part]
-    cases = [case for case in CASES if all(p in case.label().split(",") for p in parts)]
-    if not cases:
-        labels = "; ".join(case.label() for case in CASES)
-        raise ValueError(f"no benchmark row matches {only!r}; rows are {labels}")
+    cases = choose(CASES, only)
     rows = []
     for index, case in enumerate(cases):
         progress(index / len(cases), case.label())
@@ -79,7 +55,7 @@ def run(*, only: str = "", progress: Progress = lambda fraction, text: None) -> 
 
 
 def _row(case: Case) -> dict[str, Any]:
-    original = _model(case)
+    original = lightzero_model(case)
     attached = copy.deepcopy(original)
     lightzero.attach(attached.world_model)
     models = {"lightzero": original, "attach": attached}
@@ -131,26 +107,8 @@ class _Recorder:
         return 1e3 * float(np.median(measured))
 
 
-def _model(case: Case) -> Any:
-    return lightzero_020.build_model(
-        observation_size=_OBSERVATION_SIZE,
-        num_actions=_NUM_ACTIONS,
-        embed_dim=case.embed,
-        num_layers=case.layers,
-        num_heads=case.heads,
-        context_length=case.context,
-        num_envs=case.envs,
-        num_simulations=case.simulations,
-    )
-
-
-def _observations(case: Case) -> Any:
-    shape = (case.envs, _OBSERVATION_SIZE)
-    return np.random.default_rng(0).normal(size=shape).astype(np.float32)
-
-
 def _lightzero_search(case: Case, model: Any) -> Callable[[], None]:
-    searcher, observation = lightzero_020.Searcher(model), _observations(case)
+    searcher, observation = lightzero_020.Searcher(model), observations(case)
     action: Any = np.full(case.envs, FIRST_STEP)
 
     def step() -> None:
@@ -163,7 +121,7 @@ def _lightzero_search(case: Case, model: Any) -> Callable[[], None]:
 def _kvjax_search(case: Case, model: Any) -> Callable[[], None]:
     """The whole search in one jit, model included, for comparison."""
     config, params = lightzero.load(model)
-    prepared, observation = prepare(params, config=config), _observations(case)
+    prepared, observation = prepare(params, config=config), observations(case)
     search_config = SearchConfig(num_simulations=case.simulations)
     contexts = init_contexts(config, case.envs)
     action: Any = np.full(case.envs, FIRST_STEP)

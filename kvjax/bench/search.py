@@ -7,16 +7,23 @@ as full as in play.
 `growth` is about this search alone: what a simulation costs in a small and in a large tree.
 """
 
-import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
 from kvjax import lightzero, world_model
 from kvjax.bench import floor, lightzero_020, timing
-from kvjax.config import SearchConfig, Tree, WorldModelConfig
+from kvjax.bench.case import (
+    NUM_ACTIONS,
+    OBSERVATION_SIZE,
+    Case,
+    choose,
+    lightzero_model,
+    observations,
+)
+from kvjax.config import BLOCK, SearchConfig, Tree, WorldModelConfig
 from kvjax.contexts import init_contexts
 from kvjax.search import compiled, prepare, search
 from kvjax.step import FIRST_STEP
@@ -24,58 +31,24 @@ from kvjax.types import Params
 
 Progress = Callable[[float, str], None]
 
-_OBSERVATION_SIZE = 4
-_NUM_ACTIONS = 6
-_MIN_BLOCKS = 10
-_BLOCK = 2  # tokens of a step
 _WARMUP = 2  # rounds that compile
 _MIB = 2**20
 _GROWTH = "growth"
 T = TypeVar("T")
 _TREES: dict[str, Tree] = {"kvjax": "lightzero", "mctx": "muzero"}
 
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """Sizes of one row of the benchmark."""
-
-    embed: int
-    layers: int
-    heads: int
-    context: int  # tokens
-    envs: int
-    simulations: int
-    repeats: int = 15
-
-    SIZES: ClassVar = ("embed", "layers", "context", "envs", "simulations")
-
-    def label(self) -> str:
-        """What `--only` is matched against."""
-        return ",".join(f"{name}={getattr(self, name)}" for name in self.SIZES)
-
-    @property
-    def blocks(self) -> int:
-        """Steps that fill a window."""
-        return self.context // _BLOCK
-
-    @property
-    def max_blocks(self) -> int:
-        """Length of the position table, in blocks."""
-        return max(_MIN_BLOCKS, self.blocks)
-
-
 CASES = (
-    Case(embed=64, layers=2, heads=8, context=8, envs=8, simulations=50, repeats=15),
-    Case(embed=768, layers=2, heads=8, context=8, envs=8, simulations=50, repeats=7),
-    Case(embed=64, layers=2, heads=8, context=8, envs=64, simulations=50, repeats=7),
-    Case(embed=64, layers=2, heads=8, context=8, envs=256, simulations=50, repeats=5),
-    Case(embed=64, layers=2, heads=8, context=64, envs=8, simulations=200, repeats=5),
-    Case(embed=768, layers=2, heads=8, context=64, envs=8, simulations=200, repeats=1),
+    Case(embed=64, context=8, envs=8, simulations=50, repeats=15),
+    Case(embed=768, context=8, envs=8, simulations=50, repeats=7),
+    Case(embed=64, context=8, envs=64, simulations=50, repeats=7),
+    Case(embed=64, context=8, envs=256, simulations=50, repeats=5),
+    Case(embed=64, context=64, envs=8, simulations=200, repeats=5),
+    Case(embed=768, context=64, envs=8, simulations=200, repeats=1),
 )
 
 GROWTH = (
-    (Case(embed=64, layers=2, heads=8, context=8, envs=8, simulations=50, repeats=15), 0.1),
-    (Case(embed=64, layers=2, heads=8, context=8, envs=8, simulations=800, repeats=15), 4.0),
+    (Case(embed=64, context=8, envs=8, simulations=50, repeats=15), 0.1),
+    (Case(embed=64, context=8, envs=8, simulations=800, repeats=15), 4.0),
 )
 """A small and a large tree, and how eager each is to explore: so that both are equally deep."""
 
@@ -90,12 +63,7 @@ def run(*, only: str = "", progress: Progress = lambda fraction, text: None) -> 
     Raises:
       ValueError: no case fits `only`.
     """
-    parts = [part for part in only.split(",") if part]
-    cases = [case for case in CASES if all(p in case.label().split(",") for p in parts)]
-    grows = only in ("", _GROWTH)
-    if not cases and not grows:
-        labels = "; ".join([*(case.label() for case in CASES), _GROWTH])
-        raise ValueError(f"no benchmark row matches {only!r}; rows are {labels}")
+    cases, grows = choose(CASES, only, besides=(_GROWTH,)), only in ("", _GROWTH)
     total, rows = sum(_rounds(case) for case in cases), []
     for index, case in enumerate(cases):
         before, label = sum(_rounds(case) for case in cases[:index]), case.label()
@@ -144,7 +112,7 @@ def growth() -> list[dict[str, Any]]:
 
 
 def _row(case: Case, progress: Callable[[str, int], None]) -> dict[str, Any]:
-    model = _lightzero_model(case) if lightzero_020.available() else None
+    model = lightzero_model(case) if lightzero_020.available() else None
     config, params = _model(case, model)
     searches = {name: _Search(case, config, params, tree) for name, tree in _TREES.items()}
     candidates: dict[str, Callable[[], None]] = {k: one.step for k, one in searches.items()}
@@ -172,20 +140,6 @@ def _rounds(case: Case) -> int:
     return _WARMUP + case.repeats
 
 
-def _lightzero_model(case: Case) -> Any:
-    return lightzero_020.build_model(
-        observation_size=_OBSERVATION_SIZE,
-        num_actions=_NUM_ACTIONS,
-        embed_dim=case.embed,
-        num_layers=case.layers,
-        num_heads=case.heads,
-        context_length=case.context,
-        num_envs=case.envs,
-        num_simulations=case.simulations,
-        max_blocks=case.max_blocks,
-    )
-
-
 def _model(case: Case, model: Any | None) -> tuple[WorldModelConfig, Params]:
     """LightZero's weights if it is there."""
     if model is not None:
@@ -195,10 +149,10 @@ def _model(case: Case, model: Any | None) -> tuple[WorldModelConfig, Params]:
         embed_dim=case.embed,
         num_layers=case.layers,
         num_heads=case.heads,
-        num_actions=_NUM_ACTIONS,
+        num_actions=NUM_ACTIONS,
         context_length=case.context,
-        max_tokens=_BLOCK * case.max_blocks,
-        observation_size=_OBSERVATION_SIZE,
+        max_tokens=BLOCK * case.max_blocks,
+        observation_size=OBSERVATION_SIZE,
     )
     return config, world_model.init_params(jax.random.key(0), config)
 
@@ -217,7 +171,7 @@ class _Search:
         self.prepared = prepare(params, config=config)
         self.mean_depth = 0.0  # of the last search, mean over rows
         short = SearchConfig(num_simulations=1)
-        self._config, self._observation = config, _observations(case)
+        self._config, self._observation = config, observations(case)
         self._contexts = init_contexts(config, case.envs)
         self._action: Any = np.full(case.envs, FIRST_STEP)
         for _ in range(case.blocks):
@@ -243,7 +197,7 @@ class _Search:
 
 def _lightzero_search(case: Case, model: Any) -> Callable[[], None]:
     searcher = lightzero_020.Searcher(model)
-    observation = _observations(case)
+    observation = observations(case)
     action: Any = np.full(case.envs, FIRST_STEP)
     for _ in range(case.blocks):
         action = searcher.push(observation, action).policy_logits.numpy().argmax(axis=1)
@@ -253,8 +207,3 @@ def _lightzero_search(case: Case, model: Any) -> Callable[[], None]:
         action = searcher.step(observation, action)["action"]
 
     return step
-
-
-def _observations(case: Case) -> Any:
-    shape = (case.envs, _OBSERVATION_SIZE)
-    return np.random.default_rng(0).normal(size=shape).astype(np.float32)

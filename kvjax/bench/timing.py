@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+import random
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -24,15 +25,16 @@ def medians_in_turn(
 ) -> dict[str, float]:
     """Median milliseconds of each candidate, run one after the other, round by round.
 
-    A drift of the machine's speed then meets all of them alike. Candidates must block until their
-    work is done. `progress` is told the name of each and the round before it runs.
+    A drift of the machine's speed then meets all of them alike, and so does what one leaves behind
+    for the next, as every round has another order. Candidates must block until their work is done.
+    `progress` is told the name of each and the round before it runs.
     """
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for turn in range(warmup + repeats):
-        for name, run in candidates.items():
+        for name in random.Random(turn).sample(list(candidates), len(candidates)):
             progress(name, turn)
             started = time.perf_counter()
-            run()
+            candidates[name]()
             if turn >= warmup:
                 times[name].append(time.perf_counter() - started)
     return {name: 1e3 * float(np.median(taken)) for name, taken in times.items()}
