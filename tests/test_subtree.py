@@ -18,7 +18,6 @@ KEEPING = SearchConfig(num_simulations=12, kept_nodes=20, discount=0.9)
 CASES = (
     ("learned", 8, {}),
     ("learned", 4, {"kept_nodes": 4}),
-    ("learned", 20, {"max_depth": 3}),
     ("rope_lightzero", 8, {"kept_nodes": 6}),
     ("rebuild", 8, {}),
     ("reset", 8, {"max_depth": 3}),
