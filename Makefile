@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt
 
-.PHONY: play test lint notebooks clean
+.PHONY: play test lint clean
 
 play: $(VENV)/.installed-play
 	$(VENV)/bin/kvjax play
