@@ -47,7 +47,8 @@ def attach(
       world_model: LightZero's `WorldModel` (`model.world_model`), release 0.2.0 or main, float32.
       shadow: run LightZero's own code too, on every call, and compare caches, sizes and hits. True
         raises `ShadowError` at the first disagreement, "log" collects them in
-        `handle.disagreements` and logs them.
+        `handle.disagreements` and logs them. A fresh model, whose heads end in zeros, imagines the
+        same latent everywhere; LightZero then serves one environment another's window, kvjax never.
       padding: "reference" does as the model's release does; 0.2.0 lets rows attend to the padding
         of their batch and counts it as context at roots. "masked" never reads a pad, as main.
 
