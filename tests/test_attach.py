@@ -10,6 +10,7 @@ from torch_models import SMALL, Driver, difference, make
 
 from kvjax import lightzero
 from kvjax.bench import lightzero_020
+from kvjax.lightzero.attached import state_of
 
 pytestmark = [
     pytest.mark.skipif(not lightzero_020.available(), reason="LightZero 0.2.0 is not installed"),
@@ -237,6 +238,19 @@ def test_a_weight_update_drops_entries_and_renews_the_correction(update):
     for _ in range(5):
         assert difference(theirs.step(2), ours.step(2)) < TOLERANCE
     assert handle.stats()["root_hits"] == hits + 20
+
+
+def test_what_waits_to_be_filed_is_found_or_after_a_weight_update_dropped():
+    _, twin, handle = pair()
+    wm, driver = twin.world_model, Driver(twin, 4)
+    for update, found in ((False, 4), (True, 0)):
+        driver.step(2)
+        _, latent, *_ = state_of(wm).bridge.scope.pending
+        if update:
+            handle.on_params_update()
+        hits = wm.hit_count
+        wm.retrieve_or_generate_kvcache(latent, 4, 0, np.zeros(4, int))
+        assert wm.hit_count - hits == found
 
 
 def test_any_weight_counts_and_may_be_announced():
