@@ -240,17 +240,17 @@ def test_a_weight_update_drops_entries_and_renews_the_correction(update):
     assert handle.stats()["root_hits"] == hits + 20
 
 
-def test_what_waits_to_be_filed_is_found_or_after_a_weight_update_dropped():
+def test_what_waits_to_be_filed_is_found_unless_it_was_forgotten():
     _, twin, handle = pair()
     wm, driver = twin.world_model, Driver(twin, 4)
-    for update, found in ((False, 4), (True, 0)):
+    for forget in (None, handle.on_params_update, wm.past_kv_cache_recurrent_infer.clear):
         driver.step(2)
         _, latent, *_ = state_of(wm).bridge.scope.pending
-        if update:
-            handle.on_params_update()
+        if forget is not None:
+            forget()
         hits = wm.hit_count
         wm.retrieve_or_generate_kvcache(latent, 4, 0, np.zeros(4, int))
-        assert wm.hit_count - hits == found
+        assert wm.hit_count - hits == (4 if forget is None else 0)
 
 
 def test_any_weight_counts_and_may_be_announced():
