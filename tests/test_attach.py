@@ -253,6 +253,18 @@ def test_what_waits_to_be_filed_is_found_unless_it_was_forgotten():
         assert wm.hit_count - hits == (4 if forget is None else 0)
 
 
+def test_a_forward_pass_finds_nothing_waiting_in_the_memory_it_writes_to():
+    torch = pytest.importorskip("torch")
+    _, twin, _ = pair()
+    wm = twin.world_model
+    Driver(twin, 4).step(2)
+    scope = state_of(wm).bridge.scope
+    assert scope.pending is not None
+    with torch.no_grad():
+        wm.forward({"obs_embeddings": torch.zeros(4, 1, 32)}, past_keys_values=wm.keys_values_wm)
+    assert scope.pending is None
+
+
 def test_any_weight_counts_and_may_be_announced():
     torch = pytest.importorskip("torch")
     _, twin, handle = pair()

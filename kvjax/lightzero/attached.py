@@ -70,7 +70,7 @@ class AttachedMethods(_WorldModel):  # type: ignore[misc]
     def forward(self, tokens: Any, past_keys_values: Any = None, *args: Any, **kwargs: Any) -> Any:
         """LightZero's forward pass; with `padding="masked"` no pad is read."""
         bridge = state_of(self).bridge
-        bridge.settle()
+        bridge.settle()  # the model may write to the memory that waits to be filed
         original = super().forward
         if not bridge.mask_padding or past_keys_values is not self.keys_values_wm:
             return original(tokens, past_keys_values, *args, **kwargs)

@@ -67,7 +67,7 @@ def look_up(
     node_length = store.nodes.entries.length[found.node]
     length = jnp.where(in_root, root_length, jnp.where(found.hit, node_length, 1))
     pad = jnp.max(jnp.where(valid, length, 0)) - length
-    batch = _aligned_batch(store, found, length, pad)
+    batch = _aligned_batch(store, found, pad)
     store = stores.count_lookups(store, found, valid, roots_only=roots_only)
     store = stores.count_padding(store, length, valid)
     return store.counters, batch, jnp.stack([length, where]), _raw_tokens(store, found)
@@ -81,9 +81,7 @@ def _raw_tokens(store: Store, found: stores.Found) -> jax.Array | None:
     return jnp.where(in_root, roots[found.root], nodes[found.node])
 
 
-def _aligned_batch(
-    store: Store, found: stores.Found, length: jax.Array, pad: jax.Array
-) -> jax.Array:
+def _aligned_batch(store: Store, found: stores.Found, pad: jax.Array) -> jax.Array:
     """Reads windows [K, L, 2, H, D] row by row straight into their places of a batch.
 
     A stored window has zeros behind its length, so it may be copied whole.
