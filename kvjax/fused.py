@@ -13,7 +13,7 @@ of a window, K hidden units of a head.
 """
 
 import dataclasses
-from collections.abc import Callable
+import functools
 from typing import Any
 
 import chex
@@ -25,12 +25,6 @@ from kvjax.config import WorldModelConfig
 from kvjax.encoders import EPSILON
 from kvjax.ops import position
 from kvjax.types import Params
-
-_MANY_TOKENS = 128
-"""Tokens read at once, over all rows, from which on sums by a matrix product are faster."""
-
-_LONG_SUM = 32
-"""Head size from which on a sum over it is vectorised well as it is."""
 
 Cached = tuple[tuple[jax.Array, jax.Array], ...]
 """Keys and values [B, T, E] of each layer."""
@@ -251,10 +245,10 @@ def _attend(
     The softmax divides last, where its sum is small.
     """
     keys, values = cached
-    by_head, spread = _head_sums(keys.shape[0] * keys.shape[1], query.shape[1], heads)
-    cached_scores = by_head(query[:, None] * keys)  # [B, T, H]
+    spread = functools.partial(jnp.repeat, repeats=query.shape[1] // heads, axis=-1)
+    cached_scores = _by_head(query[:, None] * keys, heads)  # [B, T, H]
     cached_scores = jnp.where(valid[..., None], cached_scores, -jnp.inf)
-    fresh_scores = by_head(query[:, None] * fresh[:, :, 0])
+    fresh_scores = _by_head(query[:, None] * fresh[:, :, 0], heads)
     largest = jnp.maximum(jnp.max(cached_scores, axis=1), jnp.max(fresh_scores, axis=1))[:, None]
     cached_weights = jnp.exp(cached_scores - largest)
     fresh_weights = jnp.exp(fresh_scores - largest)
@@ -264,21 +258,9 @@ def _attend(
     return read / spread(total)
 
 
-def _head_sums(
-    tokens: int, width: int, heads: int
-) -> tuple[Callable[[jax.Array], jax.Array], Callable[[jax.Array], jax.Array]]:
-    """How to sum [.., E] within heads to [.., H], and how to repeat [.., H] to [.., E].
-
-    A CPU is slow at many short sums. Many of them are products with a matrix of zeros and ones
-    instead, which are vectorised; added zeros make a sum no less exact.
-    """
-    if tokens < _MANY_TOKENS or width >= _LONG_SUM * heads:
-        return (
-            lambda x: jnp.sum(x.reshape(*x.shape[:-1], heads, -1), axis=-1),
-            lambda x: jnp.repeat(x, width // heads, axis=-1),
-        )
-    member = jnp.repeat(jnp.eye(heads), width // heads, axis=0)  # [E, H]
-    return lambda x: x @ member, lambda x: x @ member.T
+def _by_head(x: jax.Array, heads: int) -> jax.Array:
+    """Sums [.., E] within each head: [.., H]."""
+    return jnp.sum(x.reshape(*x.shape[:-1], heads, -1), axis=-1)
 
 
 def _head_pair(folded: Folded, pair: HeadPair, x: jax.Array) -> tuple[jax.Array, jax.Array]:

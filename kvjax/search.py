@@ -12,7 +12,7 @@ import numpy as np
 from kvjax import mctx_search, own_token_search, step, subtree, world_model
 from kvjax import tree as trees
 from kvjax.checks import ArrayLike, validate_contexts, validate_range
-from kvjax.compilation import jit_in_order
+from kvjax.compilation import jit_small_operations
 from kvjax.config import SearchConfig, WorldModelConfig
 from kvjax.contexts import advance
 from kvjax.fused import fold
@@ -150,7 +150,7 @@ def _validate(
         raise ValueError(f"every row needs a legal action, rows {rows} have none")
 
 
-@functools.partial(jit_in_order, static_argnames=("config", "search"))
+@functools.partial(jit_small_operations, static_argnames=("config", "search"))
 def _search(
     params: Params | Prepared,
     rng: jax.Array,

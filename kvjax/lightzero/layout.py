@@ -21,7 +21,7 @@ from kvjax import pool as pools
 from kvjax import statistics
 from kvjax import store as stores
 from kvjax.checks import ArrayLike
-from kvjax.compilation import jit_in_order
+from kvjax.compilation import jit_small_operations
 from kvjax.config import BLOCK
 from kvjax.pool import NO_SLOT
 from kvjax.types import Pool, Store, Window
@@ -33,7 +33,7 @@ ENV, LENGTH, VALID = 0, 1, 2
 """Rows of the integers that describe a batch: [3, B] int32."""
 
 _replace = dataclasses.replace
-_jit = functools.partial(jit_in_order, nested=False)
+_jit = functools.partial(jit_small_operations, nested=False)
 
 
 @functools.partial(_jit, static_argnames=("roots_only",))
