@@ -22,11 +22,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kvjax import fused, step
+from kvjax import fused, fused_step
 from kvjax import tree as trees
 from kvjax.config import BLOCK, SearchConfig, WorldModelConfig
 from kvjax.fused import Cached, Folded, Fresh
-from kvjax.ops import position, support
+from kvjax.ops import support
 from kvjax.tree import Path, Tree
 from kvjax.types import Window
 
@@ -177,7 +177,7 @@ def _grow(
     """Makes node `simulation + 1`: imagines a step from each path's end, backs its value up."""
     parent, action = path.leaf()
     cached, slots, length, valid = read(tokens, folded, parent, config=config)
-    at_action, at_observation = _rotations(timestep, path.depth, config)
+    at_action, at_observation = fused_step.rotations(timestep, path.depth, config)
     acted = fused.embed_action(folded, action)
     x = fused.place(folded, acted, length)
     x, first = fused.token_step(folded, x, cached, valid, (), at_action, config=config)
@@ -195,20 +195,6 @@ def _grow(
     prior = trees.softmax(policy.T)
     value = jnp.where(jnp.isnan(prior[:, 0]), jnp.nan, value)  # so that the root's value tells
     return trees.expand(tree, path, simulation + 1, reward, value, prior, search), tokens
-
-
-def _rotations(
-    timestep: jax.Array, depth: jax.Array, config: WorldModelConfig
-) -> tuple[jax.Array | None, jax.Array | None]:
-    """Of each row's action and observation token: [B, 2, D / 2]; None for learned positions."""
-    if not config.is_rotary:
-        return None, None
-    head_dim, theta = config.window.head_dim, config.rope_theta
-    at_action, at_observation = (
-        jax.vmap(lambda place: position.rotation(place, head_dim, theta))(places)
-        for places in step.token_positions(config, timestep, depth)
-    )
-    return at_action, at_observation
 
 
 def _bare_blocks(

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvjax import mctx_search, own_token_search, step, subtree, world_model
+from kvjax import fused_step, mctx_search, own_token_search, step, subtree, world_model
 from kvjax import tree as trees
 from kvjax.checks import ArrayLike, validate_contexts, validate_range
 from kvjax.compilation import jit_small_operations
@@ -99,7 +99,7 @@ def _arrays(
     last_action: ArrayLike,
     legal: ArrayLike | None,
     config: WorldModelConfig,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[ArrayLike, ArrayLike, ArrayLike]:
     """Observations, last actions and legal actions, checked, as the jitted search takes them."""
     validate_contexts(contexts, config)
     num_envs = contexts.timestep.shape[0]
@@ -110,9 +110,9 @@ def _arrays(
     )
     _validate(num_envs, observation, last_action, legal, config)
     return (
-        jnp.asarray(observation, jnp.float32),
-        jnp.asarray(last_action, jnp.int32),
-        jnp.asarray(legal, bool),
+        observation.astype(jnp.float32),
+        last_action.astype(jnp.int32),
+        legal.astype(bool),
     )
 
 
@@ -163,20 +163,23 @@ def _search(
     config: WorldModelConfig,
     search: SearchConfig,
 ) -> tuple[Contexts, SearchOutput]:
-    folded = params.folded if isinstance(params, Prepared) else None
     variables = params.params if isinstance(params, Prepared) else params
-    correction = world_model.slide_correction(variables, config=config)
-    contexts, policy, value = advance(
-        variables, correction, contexts, observation, last_action, config=config
-    )
-    root_value = support.to_scalar(value, config.support)
     if search.tree != "lightzero":
+        correction = world_model.slide_correction(variables, config=config)
+        contexts, policy, value = advance(
+            variables, correction, contexts, observation, last_action, config=config
+        )
+        root_value = support.to_scalar(value, config.support)
         return contexts, mctx_search.run(
             variables, rng, contexts, policy, root_value, legal, correction, config, search
         )
+    folded = params.folded if isinstance(params, Prepared) else fold(variables, config=config)
+    contexts, policy, value = fused_step.advance(
+        folded, variables, contexts, observation, last_action, config=config
+    )
+    root_value = support.to_scalar(value, config.support)
     noise_rng, action_rng = jax.random.split(rng)
     prior = trees.softmax(policy, legal)
-    folded = fold(variables, config=config) if folded is None else folded
     tree = trees.init(_with_noise(noise_rng, prior, legal, search), search)
     tokens = own_token_search.init_tokens(folded, contexts.window, config, search.num_nodes)
     if kept is not None:

@@ -94,7 +94,7 @@ def root_step(
     window = windows.where(starts, windows.init(config.window), continued)
     hidden, window = _push(params, latent, window, at_observation, config)
     policy, value = world_model.at_observation(params, hidden, config=config)
-    return _make_room(params, correction, window, latent, may_overflow, config), policy, value
+    return make_room(params, correction, window, latent, may_overflow, config), policy, value
 
 
 def recurrent_step(
@@ -130,7 +130,7 @@ def recurrent_step(
     reward, latent = world_model.at_action(params, hidden, config=config)
     hidden, window = _push(params, latent, window, at_observation, config, zero_keys)
     policy, value = world_model.at_observation(params, hidden, config=config)
-    window = _make_room(params, correction, window, latent, may_overflow, config)
+    window = make_room(params, correction, window, latent, may_overflow, config)
     return window, Prediction(latent, reward, policy, value)
 
 
@@ -139,7 +139,7 @@ def any_overflows(window: Window, config: WorldModelConfig) -> jax.Array:
     return jnp.any(window.length >= config.window.kept_length)
 
 
-def _make_room(
+def make_room(
     params: Params,
     correction: jax.Array | None,
     window: Window,
@@ -147,7 +147,7 @@ def _make_room(
     may_overflow: jax.Array | None,
     config: WorldModelConfig,
 ) -> Window:
-    """What the window mode does with a window that has reached C - 1 tokens."""
+    """What the window mode does with a window that has reached C - 1 tokens; see `root_step`."""
     if config.window_mode not in ("rebuild", "reset"):
         return windows.slide(window, correction)
 

@@ -20,6 +20,7 @@ LAYERS = (
     ("world_model",),
     ("step",),
     ("fused", "tree", "mctx_search", "contexts", "rollout"),
+    ("fused_step",),
     ("own_token_search", "params_update"),
     ("subtree",),
     ("search", "inference"),
