@@ -253,6 +253,24 @@ def test_what_waits_to_be_filed_is_found_unless_it_was_forgotten():
         assert wm.hit_count - hits == (4 if forget is None else 0)
 
 
+def test_a_latent_that_is_overwritten_is_filed_as_it_was(monkeypatch):
+    _, twin, _ = pair()
+    wm, given = twin.world_model, []
+    update = wm.update_cache_context
+
+    def remember(latent, *args, **kwargs):
+        given.append(latent)
+        return update(latent, *args, **kwargs)
+
+    monkeypatch.setattr(wm, "update_cache_context", remember)
+    Driver(twin, 4).step(2)
+    latent = np.array(given[-1])
+    given[-1][...] = 0
+    hits = wm.hit_count
+    wm.retrieve_or_generate_kvcache(latent, 4, 0, np.zeros(4, int))
+    assert wm.hit_count - hits == 4
+
+
 def test_a_forward_pass_finds_nothing_waiting_in_the_memory_it_writes_to():
     torch = pytest.importorskip("torch")
     _, twin, _ = pair()
