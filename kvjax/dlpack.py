@@ -4,6 +4,7 @@
   into what it got, jax may donate what it got.
 * `borrow` lends a tensor's memory to jax for the length of a `with` block and takes it back.
 * `hand_over` moves a fresh array to torch without a copy; the array is gone afterwards.
+* `Shared` is a buffer that both see and write to in turn.
 
 DLPack alone promises none of this: an exported array is a writable alias of immutable memory, an
 import with `copy=True` may still alias, and work that was dispatched on borrowed memory may read it
@@ -17,6 +18,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from kvjax.config import require
 
 _PLATFORMS = {"cpu": "cpu", "cuda": "gpu"}
 """Torch's device types and jax's platforms that share memory."""
@@ -93,6 +96,57 @@ def hand_over(array: jax.Array) -> Any:
     tensor = dlpack.from_dlpack(array.block_until_ready().__dlpack__())
     array.delete()
     return tensor
+
+
+class Shared:
+    """A buffer that goes back and forth: jax's memory, which torch sees as a tensor. CPU only.
+
+    Torch writes to `tensor`; a jitted call that is given `array` and donates it writes in its turn,
+    and `renew` takes what the call gave back. Neither side may touch it while the other one works.
+    The memory lives as long as this object and any view of the tensor.
+
+    Args:
+      array: nobody else's; of a dtype that numpy has.
+
+    Raises:
+      ValueError: the array is not on a CPU.
+    """
+
+    def __init__(self, array: jax.Array) -> None:
+        import torch
+
+        platform = array.block_until_ready().platform()  # type: ignore[attr-defined]
+        require(platform == "cpu", f"expected an array on a CPU, got one on a {platform}")
+        self._memory = _Memory(array)
+        self.tensor = torch.from_numpy(np.asarray(self._memory))
+
+    @property
+    def array(self) -> jax.Array:
+        """The array as it is now."""
+        return self._memory.array
+
+    def renew(self, array: jax.Array) -> None:
+        """Takes the array that a call wrote into this memory, and waits for it.
+
+        Raises:
+          RuntimeError: it stands elsewhere: the call did not donate its argument.
+        """
+        self._memory.array = array.block_until_ready()
+        if array.unsafe_buffer_pointer() != self.tensor.data_ptr():
+            raise RuntimeError("expected an array in the shared memory, got one of its own")
+
+
+class _Memory:
+    """An array's memory for numpy, whose views of it keep the array."""
+
+    def __init__(self, array: jax.Array) -> None:
+        self.array = array
+
+    @property
+    def __array_interface__(self) -> dict[str, Any]:
+        array, dtype = self.array, np.dtype(self.array.dtype)
+        data = array.unsafe_buffer_pointer(), False
+        return {"version": 3, "shape": array.shape, "typestr": dtype.str, "data": data}
 
 
 def import_shared(tensor: Any) -> jax.Array:

@@ -17,7 +17,7 @@ from kvjax import dlpack
 from kvjax import store as stores
 from kvjax.config import require
 from kvjax.lightzero import layout, module
-from kvjax.lightzero.caches import Batch, make_batch
+from kvjax.lightzero.caches import Batch, SharedBatch, views_of
 from kvjax.statistics import Statistics
 from kvjax.types import Store
 
@@ -39,7 +39,8 @@ class Scope:
         )
         # Committed and uncommitted arrays compile twice.
         self.store: Store = jax.device_put(store)
-        self.pending: tuple[Any, ...] | None = None  # see `Bridge.file`
+        self.pending: tuple[SharedBatch, tuple[Any, ...]] | None = None  # see `file_later`
+        self._shared: dict[int, SharedBatch] = {}  # by B'
         self._stale_roots = np.zeros(description.num_envs, bool)
         self._stale_nodes = self._is_stale = False
         # Environments whose newest root was made with older weights and can be computed again.
@@ -50,7 +51,7 @@ class Scope:
         # A store is donated by whoever writes to it: two owners cannot share one.
         self.settle()
         twin = copy.copy(self)
-        twin.store = jax.tree.map(jnp.copy, self.store)
+        twin.store, twin._shared = jax.tree.map(jnp.copy, self.store), {}
         twin._stale_roots, twin.outdated = self._stale_roots.copy(), self.outdated.copy()
         return twin
 
@@ -65,29 +66,49 @@ class Scope:
     def settle(self) -> None:
         """Files what is pending, and waits until that is done."""
         if self.pending is not None:
-            filing, self.pending = self.pending, None
-            self.file(filing, is_root=False)
+            (batch, filing), self.pending = self.pending, None
+            self.file(batch.array, filing, is_root=False)
 
-    def file(self, filing: tuple[Any, ...], *, is_root: bool) -> None:
-        """Files windows and waits until that is done."""
-        self.store = layout.file(self.store, *filing, is_root=is_root, keep=self._keep)
+    def file(self, batch: Any, filing: tuple[Any, ...], *, is_root: bool) -> None:
+        """Files windows and waits until that is done; see `layout.file`."""
+        self.store = layout.file(self.store, batch, *filing, is_root=is_root, keep=self._keep)
         # One computation: when one of its results is there it no longer reads what torch lent.
         self.store.counters.block_until_ready()
 
-    def look_up(self, latent: Array, rows: Array, *, roots_only: bool) -> tuple[Any, Any, Any]:
-        """The memory of a batch, what `layout.look_up` says of its rows, and raw tokens."""
-        filing = self.pending
-        if filing is None or roots_only or self._is_stale or filing[1].shape != latent.shape:
-            store = self.clean()
-            counters, *found = layout.look_up(store, latent, rows, roots_only=roots_only)
-            self.store = layout.with_counters(store, counters)
-        else:
-            self.pending = None
-            self.store, *found = layout.file_and_look_up(
-                self.store, filing, latent, rows, keep=self._keep
+    def file_later(self, memory: Any, filing: tuple[Any, ...]) -> None:
+        """Files a simulation's windows with the next look-up, since one call is cheaper than two.
+
+        Until then, or until `settle`, the memory must stay as it is.
+        """
+        capacity = memory.shape[2]
+        if capacity not in self._shared:
+            self._shared[capacity] = SharedBatch(jnp.zeros(memory.shape))
+        batch = self._shared[capacity]
+        if memory is not batch.tensor:
+            batch.tensor.copy_(memory)
+        self.pending = batch, filing
+
+    def look_up(
+        self, latent: Array, rows: jax.Array, count: int, *, roots_only: bool
+    ) -> tuple[Any, tuple[Any, ...], Any, Any]:
+        """The memory of a batch, views of its first `count` rows, and what `layout.look_up` says.
+
+        The memory is overwritten by the next look-up but one.
+        """
+        pending = self.pending
+        if pending is None or roots_only or self._is_stale or pending[1][0].shape != latent.shape:
+            counters, found, *rest = layout.look_up(
+                self.clean(), latent, rows, roots_only=roots_only
             )
-        memory, info, raw = found
-        return memory, info, raw
+            self.store = layout.with_counters(self.store, counters)
+            memory = dlpack.hand_over(found)
+            return memory, views_of(memory, count), *rest
+        (batch, filing), self.pending = pending, None
+        self.store, found, *rest = layout.file_and_look_up(
+            self.store, batch.array, filing, latent, rows, keep=self._keep
+        )
+        batch.renew(found)
+        return batch.tensor, batch.views(count), *rest
 
     def clean(self) -> Store:
         """Files what is pending, forgets what is stale and returns the store."""
@@ -115,7 +136,7 @@ class Bridge:
         self.batch: Batch | None = None
         self._scopes = {DEFAULT_SCOPE: Scope(description)}
         self._active: str | None = None
-        self._rows: dict[tuple[int, ...], Array] = {}
+        self._rows: dict[tuple[int, ...], jax.Array] = {}
         self._seen: tuple[Any, ...] | None = None
         self._watched: list[Any] = []
         self._versions: tuple[int, ...] = ()
@@ -211,13 +232,12 @@ class Bridge:
 
     def look_up(self, latent: Any, env_ids: Sequence[int], *, roots_only: bool) -> Batch:
         """Finds and aligns the windows of latents [B, 1, E]; torch owns what comes back."""
-        self.capacity(len(env_ids))
-        rows = self._rows_of(env_ids)
-        latent = self._latents(latent, rows.shape[1])
-        memory, info, raw = self.scope.look_up(latent, rows, roots_only=roots_only)
-        lengths, sources = np.asarray(info)[:, : len(env_ids)].tolist()
+        rows, count = self._rows_of(env_ids), len(env_ids)
+        latent = _on_host(latent, rows.shape[1])
+        memory, views, info, raw = self.scope.look_up(latent, rows, count, roots_only=roots_only)
+        lengths, sources = np.asarray(info)[:, :count].tolist()
         tokens = None if raw is None else _unpad(raw, lengths)
-        self.batch = make_batch(dlpack.hand_over(memory), lengths, sources, tokens)
+        self.batch = Batch(memory, views, lengths, sources, tokens)
         return self.batch
 
     def peek(self, latent: Any, env_ids: Sequence[int], *, roots_only: bool) -> Batch:
@@ -240,22 +260,24 @@ class Bridge:
     ) -> None:
         """Stores the windows in a batch's memory under latents [B, 1, E].
 
-        Those of a simulation wait for the next look-up, since one call is cheaper than two: until
-        then, or until `settle`, the memory must stay as it is.
+        Those of a simulation wait, see `Scope.file_later`.
 
         `tokens` are the raw ones of each row, [length, E] tensors, where they are kept.
         """
-        rows = self._rows_of(env_ids).copy()
-        rows[layout.LENGTH, : len(env_ids)] = lengths
-        latent = self._latents(latent, rows.shape[1])
+        rows = self._rows_of(env_ids)
+        length = np.zeros(rows.shape[1], np.int32)
+        length[: len(env_ids)] = lengths
+        latent = _on_host(latent, rows.shape[1])
         scope, kept = self.scope, self.description.kept
         raw = None if tokens is None else _padded(tokens, kept, rows.shape[1])
         scope.clean()
+        if not is_root and _shares_memory(memory):
+            # The latent is torch's: it may be overwritten before it is filed.
+            scope.file_later(memory, (latent.copy(), rows, length, self._correction, raw))
+            return
+        scope.file(_lend(memory), (latent, rows, length, self._correction, raw), is_root=is_root)
         if is_root:
-            scope.file((_lend(memory), latent, rows, self._correction, raw), is_root=True)
             scope.outdated[list(env_ids)] = False
-        else:
-            scope.pending = _lend(memory), latent.copy(), rows, self._correction, raw
 
     def settle(self) -> None:
         """Files what is pending, before somebody writes to its memory."""
@@ -272,8 +294,12 @@ class Bridge:
         require(rows <= most, f"{rows} rows do not fit into {most} environments")
         return min(most, 1 << (rows - 1).bit_length())
 
-    def _rows_of(self, env_ids: Sequence[int]) -> Array:
-        """The integers that describe a batch: [3, B'] int32, lengths not set."""
+    def _rows_of(self, env_ids: Sequence[int]) -> jax.Array:
+        """The integers that describe a batch: [2, B'] int32, see `layout.ENV`.
+
+        Raises:
+          ValueError: more rows than environments, or an environment that there is not.
+        """
         key = tuple(env_ids)
         if key not in self._rows:
             most = self.description.num_envs
@@ -281,20 +307,11 @@ class Bridge:
                 all(0 <= env < most for env in key),
                 f"environment ids must be in 0 .. {most - 1}, got {list(key)}",
             )
-            rows = np.zeros((3, self.capacity(len(key))), np.int32)
+            rows = np.zeros((2, self.capacity(len(key))), np.int32)
             rows[layout.ENV, : len(key)] = key
             rows[layout.VALID, : len(key)] = 1
-            self._rows[key] = rows
+            self._rows[key] = jax.device_put(rows)
         return self._rows[key]
-
-    def _latents(self, latent: Any, capacity: int) -> Array:
-        """[B', E] float32 on the host."""
-        if hasattr(latent, "detach"):
-            latent = latent.detach().cpu().numpy()
-        array = np.asarray(latent, np.float32)
-        array = array.reshape(len(array), -1)
-        missing = capacity - len(array)
-        return np.pad(array, ((0, missing), (0, 0))) if missing else np.ascontiguousarray(array)
 
     def stats(self, scope: str | None = None) -> Statistics:
         """Statistics of one scope's store, by default of the one in use.
@@ -305,6 +322,19 @@ class Bridge:
         name = scope or self._active or DEFAULT_SCOPE
         require(name in self._scopes, f"no scope {name!r}, there are {', '.join(self._scopes)}")
         return stores.stats(self._scopes[name].clean())
+
+
+def _on_host(latent: Any, capacity: int) -> Array:
+    """[B', E] float32, B rows of a tensor or an array and zeros behind them."""
+    array = latent if isinstance(latent, np.ndarray) else latent.detach().cpu().numpy()
+    array = np.asarray(array, np.float32).reshape(len(array), -1)
+    missing = capacity - len(array)
+    return np.pad(array, ((0, missing), (0, 0))) if missing else array
+
+
+def _shares_memory(memory: Any) -> bool:
+    """Whether jax can compute where torch has a batch."""
+    return memory.device.type == jax.default_backend() == "cpu"
 
 
 def _unpad(raw: jax.Array, lengths: list[int]) -> list[Any]:

@@ -8,12 +8,15 @@ import dataclasses
 from collections.abc import MutableSequence
 from typing import Any
 
+import jax
+
+from kvjax import dlpack
 from kvjax.config import require
 
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Aligned caches that torch owns alone: the model writes its new tokens into them."""
+    """Aligned caches, which the model writes its new tokens into."""
 
     memory: Any  # [L, 2, B', H, C, D] tensor
     views: tuple[Any, ...]  # 2 L tensors [B, H, C, D], keys and values of each layer in turn
@@ -32,21 +35,29 @@ class Batch:
         return sum(source > 0 for source in self.sources)
 
 
-def make_batch(
-    memory: Any, lengths: list[int], sources: list[int], tokens: list[Any] | None = None
-) -> Batch:
-    """Views memory as the caches of its first `len(lengths)` rows."""
-    layers, two, capacity, *rest = memory.shape
-    flat, rows = memory.view(layers * two, capacity, *rest), len(lengths)
-    if rows < capacity:
-        flat = flat[:, :rows]
-    return Batch(
-        memory=memory,
-        views=flat.unbind(),
-        lengths=lengths,
-        sources=sources,
-        tokens=tokens,
-    )
+def views_of(memory: Any, rows: int) -> tuple[Any, ...]:
+    """A batch's memory as the caches of its first rows: 2 L tensors [rows, H, C, D]."""
+    views: tuple[Any, ...] = memory.flatten(0, 1)[:, :rows].unbind()
+    return views
+
+
+def empty_batch(memory: Any, rows: int) -> Batch:
+    """Rows of no tokens in zeroed memory."""
+    return Batch(memory, views_of(memory, rows), [0] * rows, [0] * rows)
+
+
+class SharedBatch(dlpack.Shared):
+    """A batch's memory [L, 2, B', H, C, D] that torch and jax write to in turn."""
+
+    def __init__(self, array: jax.Array) -> None:
+        super().__init__(array)
+        self._views: dict[int, tuple[Any, ...]] = {}
+
+    def views(self, rows: int) -> tuple[Any, ...]:
+        """`views_of` the tensor, made once."""
+        if rows not in self._views:
+            self._views[rows] = views_of(self.tensor, rows)
+        return self._views[rows]
 
 
 def install(keys_values: Any, batch: Batch, size: int) -> None:

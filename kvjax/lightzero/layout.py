@@ -29,8 +29,8 @@ from kvjax.types import Pool, Store, Window
 MISSED, IN_ROOTS, IN_NODES = 0, 1, 2
 """Where a row was found."""
 
-ENV, LENGTH, VALID = 0, 1, 2
-"""Rows of the integers that describe a batch: [3, B] int32."""
+ENV, VALID = 0, 1
+"""Rows of the integers that describe a batch: [2, B] int32."""
 
 _replace = dataclasses.replace
 _jit = functools.partial(jit_small_operations, nested=False)
@@ -38,7 +38,12 @@ _jit = functools.partial(jit_small_operations, nested=False)
 
 @functools.partial(_jit, static_argnames=("roots_only",))
 def look_up(
-    store: Store, latent: jax.Array, rows: jax.Array, *, roots_only: bool
+    store: Store,
+    latent: jax.Array,
+    rows: jax.Array,
+    *,
+    roots_only: bool,
+    batch: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
     """Finds windows and aligns them on the longest one, as `kvjax.ops.window.trim_and_pad` does.
 
@@ -51,8 +56,10 @@ def look_up(
 
     Args:
       latent: [B, E] float32.
-      rows: [3, B] int32, see `ENV`; the lengths are not read.
+      rows: [2, B] int32, see `ENV`.
       roots_only: as at root steps.
+      batch: what to write the windows into; a new one by default. Behind the longest row it keeps
+        what it held.
 
     Returns:
       The store's counters, with this look-up counted; `batch`; [2, B] int32: each row's length and
@@ -67,7 +74,7 @@ def look_up(
     node_length = store.nodes.entries.length[found.node]
     length = jnp.where(in_root, root_length, jnp.where(found.hit, node_length, 1))
     pad = jnp.max(jnp.where(valid, length, 0)) - length
-    batch = _aligned_batch(store, found, pad)
+    batch = _aligned_batch(store, found, pad, batch)
     store = stores.count_lookups(store, found, valid, roots_only=roots_only)
     store = stores.count_padding(store, length, valid)
     return store.counters, batch, jnp.stack([length, where]), _raw_tokens(store, found)
@@ -81,7 +88,9 @@ def _raw_tokens(store: Store, found: stores.Found) -> jax.Array | None:
     return jnp.where(in_root, roots[found.root], nodes[found.node])
 
 
-def _aligned_batch(store: Store, found: stores.Found, pad: jax.Array) -> jax.Array:
+def _aligned_batch(
+    store: Store, found: stores.Found, pad: jax.Array, batch: jax.Array | None
+) -> jax.Array:
     """Reads windows [K, L, 2, H, D] row by row straight into their places of a batch.
 
     A stored window has zeros behind its length, so it may be copied whole.
@@ -89,25 +98,35 @@ def _aligned_batch(store: Store, found: stores.Found, pad: jax.Array) -> jax.Arr
     in_root = found.root != NO_SLOT
     slot = jnp.where(in_root, found.root, found.node)
     stored, layers, two, heads, size = store.nodes.entries.kv.shape[1:]
-    capacity = stored + 1 + BLOCK
-    start = jnp.minimum(pad, capacity - stored)
+    free = 1 + BLOCK
+    start = jnp.minimum(pad, free)
+    if batch is None:
+        shape = (layers, two, len(slot), heads, stored + free, size)
+        batch = jnp.zeros(shape, store.nodes.entries.kv.dtype)
 
-    def copy(row: jax.Array, batch: jax.Array, *, table: jax.Array, shift: bool) -> jax.Array:
-        window = jax.lax.dynamic_index_in_dim(table, slot[row], keepdims=False)
-        window = jnp.roll(window, pad[row] - start[row], axis=0) if shift else window
+    def write(batch: jax.Array, row: jax.Array, first: Any, window: jax.Array) -> jax.Array:
         window = jnp.transpose(window, (1, 2, 3, 0, 4))[:, :, None]
-        place = (0, 0, row, 0, start[row], 0)
-        copied: jax.Array = jax.lax.dynamic_update_slice(batch, window, place)
-        return copied
+        written: jax.Array = jax.lax.dynamic_update_slice(batch, window, (0, 0, row, 0, first, 0))
+        return written
 
-    kinds = [
-        functools.partial(copy, table=pool.entries.kv, shift=shift)
+    def copy(row: jax.Array, batch: jax.Array, *, table: jax.Array) -> jax.Array:
+        return write(batch, row, 0, table[slot[row]])
+
+    def copy_aligned(row: jax.Array, batch: jax.Array, *, table: jax.Array) -> jax.Array:
+        window = table[slot[row]]
+        batch = write(batch, row, 0, jnp.zeros((free, *window.shape[1:]), window.dtype))
+        return write(batch, row, start[row], jnp.roll(window, pad[row] - start[row], axis=0))
+
+    def leave_empty(row: jax.Array, batch: jax.Array) -> jax.Array:
+        return write(batch, row, 0, jnp.zeros((stored + free, layers, two, heads, size), batch.dtype))
+
+    kinds: list[Callable[..., Any]] = [
+        functools.partial(function, table=pool.entries.kv)
         for pool in (store.nodes, store.roots)
-        for shift in (False, True)
+        for function in (copy, copy_aligned)
     ]
-    kind = jnp.where(found.hit, 2 * in_root + (start < pad), len(kinds))
-    empty = jnp.zeros((layers, two, len(slot), heads, capacity, size), store.nodes.entries.kv.dtype)
-    return _each_row(kind, kinds, empty)
+    kind = jnp.where(found.hit, 2 * in_root + (pad > 0), len(kinds))
+    return _each_row(kind, [*kinds, leave_empty], batch)
 
 
 def _each_row(kind: jax.Array, kinds: Sequence[Callable[..., Any]], carry: jax.Array) -> jax.Array:
@@ -131,6 +150,7 @@ def file(
     batch: jax.Array,
     latent: jax.Array,
     rows: jax.Array,
+    length: jax.Array,
     correction: jax.Array,
     raw: jax.Array | None = None,
     *,
@@ -146,13 +166,14 @@ def file(
       store: moved, use the one that comes back.
       batch: rows end at the same slot, the longest one begins at slot 0.
       latent: [B, E] float32.
-      rows: [3, B] int32, see `ENV`; lengths in tokens, at most C - 1.
+      rows: [2, B] int32, see `ENV`.
+      length: [B] int32, in tokens, at most C - 1.
       correction: [K, L, 2, H, D] of `kvjax.ops.window.slide`, zeros if there is none.
       raw: [B, K, E] raw tokens, zeros behind a row's last one; None if the store keeps none.
       is_root: whether these are root windows.
       keep: how many of its last tokens a full window keeps, K by default.
     """
-    env_id, length, valid = rows[ENV], rows[LENGTH], rows[VALID] > 0
+    env_id, valid = rows[ENV], rows[VALID] > 0
     keys = stores.latent_keys(store, latent, env_id)
     pool, segment = (store.roots, env_id) if is_root else (store.nodes, jnp.zeros_like(env_id))
     # Slots first, windows after: each is read from the batch and written into its slot at once.
@@ -222,45 +243,52 @@ def _read(
 
 def file_and_look_up(
     store: Store,
-    filing: tuple[jax.Array, ...],
+    batch: jax.Array,
+    filing: tuple[Any, ...],
     latent: ArrayLike,
     rows: ArrayLike,
     *,
     keep: int | None = None,
 ) -> tuple[Store, jax.Array, jax.Array, jax.Array | None]:
-    """`file` and then `look_up`, as between two simulations, in one call.
+    """`file` and then `look_up`, as between two simulations, in one call and in one batch's memory.
 
     Args:
       store: moved, use the one that comes back.
-      filing: what `file` takes behind the store; not root windows.
+      batch: moved like the store. Holds what is to be filed, then what is found.
+      filing: what `file` takes behind the batch; not root windows.
       latent: [B, E] float32, to look up.
-      rows: [3, B] int32, of the look-up.
+      rows: [2, B] int32, of the look-up.
       keep: see `file`.
 
     Returns:
       The store and what `look_up` returns behind its counters.
     """
     # Only what changes is donated: each array that is handed back takes time.
-    changing, rest = (store.nodes, store.counters), _replace(store, nodes=None, counters=None)
-    (nodes, counters), found = _file_and_look_up(changing, rest, filing, latent, rows, keep=keep)
-    return _replace(store, nodes=nodes, counters=counters), *found
+    changing = store.nodes, store.counters, batch
+    rest = _replace(store, nodes=None, counters=None)
+    (nodes, counters, batch), *found = _file_and_look_up(
+        changing, rest, filing, latent, rows, keep=keep
+    )
+    return _replace(store, nodes=nodes, counters=counters), batch, *found
 
 
 @functools.partial(_jit, static_argnames=("keep",), donate_argnames=("changing",))
 def _file_and_look_up(
-    changing: tuple[Pool, jax.Array],
+    changing: tuple[Pool, jax.Array, jax.Array],
     rest: Store,
-    filing: tuple[jax.Array, ...],
+    filing: tuple[Any, ...],
     latent: jax.Array,
     rows: jax.Array,
     *,
     keep: int | None,
-) -> tuple[tuple[Pool, jax.Array], list[Any]]:
-    nodes, counters = changing
+) -> tuple[tuple[Pool, jax.Array, jax.Array], jax.Array, jax.Array | None]:
+    nodes, counters, batch = changing
     store = _replace(rest, nodes=nodes, counters=counters)
-    store = file.__wrapped__(store, *filing, is_root=False, keep=keep)
-    counters, *found = look_up.__wrapped__(store, latent, rows, roots_only=False)
-    return (store.nodes, counters), found
+    store = file.__wrapped__(store, batch, *filing, is_root=False, keep=keep)
+    counters, batch, info, raw = look_up.__wrapped__(
+        store, latent, rows, roots_only=False, batch=batch
+    )
+    return (store.nodes, counters, batch), info, raw
 
 
 @functools.partial(jax.jit, donate_argnames=("store",))

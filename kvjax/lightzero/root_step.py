@@ -12,7 +12,7 @@ import numpy as np
 from kvjax.config import require
 from kvjax.lightzero import caches, exact
 from kvjax.lightzero.bridge import Bridge
-from kvjax.lightzero.caches import Batch, Rows, make_batch
+from kvjax.lightzero.caches import Batch, Rows, empty_batch
 from kvjax.lightzero.shadow import Shadow
 from kvjax.step import FIRST_STEP
 
@@ -108,7 +108,7 @@ def _start(wm: Any, bridge: Bridge, batch: RootBatch) -> Any:
     count = len(batch.env_ids)
     layers, two, heads, length, size = bridge.description.cache_shape
     shape = layers, two, bridge.capacity(count), heads, length, size
-    empty = make_batch(torch.zeros(shape, device=batch.current.device), [0] * count, [0] * count)
+    empty = empty_batch(torch.zeros(shape, device=batch.current.device), count)
     bridge.batch = empty
     caches.install(wm.keys_values_wm, empty, 0)
     outputs = wm.forward(
