@@ -42,7 +42,7 @@ class jit_small_operations:  # noqa: N801  (used like jax.jit)
 
     def _program(self, arguments: Any) -> Any:
         """JAX takes compiler options only where it compiles."""
-        return self._tuned if _on_cpu() and not self._is_inside(arguments) else self._plain
+        return self._tuned if on_cpu() and not self._is_inside(arguments) else self._plain
 
     def _is_inside(self, arguments: Any) -> bool:
         leaves = jax.tree.leaves(arguments) if self._nested else ()
@@ -58,7 +58,8 @@ class jit_small_operations:  # noqa: N801  (used like jax.jit)
 
 
 @functools.cache
-def _on_cpu() -> bool:
+def on_cpu() -> bool:
+    """Whether jax computes on a CPU unless told otherwise."""
     return jax.default_backend() == "cpu"
 
 

@@ -147,7 +147,15 @@ def test_filing_and_looking_up_in_one_call_is_one_after_the_other():
         store = layout.file(store, roots, *filing, is_root=True)
         rows = describe((0, 0, 0))
         if together:
-            store, *out = layout.file_and_look_up(store, jnp.asarray(batch), later, asked, rows)
+            latent, of_rows, length, correction = later
+            notes = np.zeros((2, 3, 16 + layout.NOTES), np.float32)
+            notes[:, :, :16] = latent, asked
+            notes[layout.FILED, :, 16 + layout.LENGTH] = length
+            lent = jnp.asarray(batch), jnp.asarray(notes)
+            store, (found, notes), raw = layout.file_and_look_up(
+                store, lent, (of_rows, correction, None), rows
+            )
+            out = [found, notes[layout.ASKED, :, 16:].T.astype(int), raw]
         else:
             store = layout.file(store, batch, *later, is_root=False)
             counters, *out = layout.look_up(store, asked, rows, roots_only=False)

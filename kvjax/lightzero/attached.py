@@ -114,21 +114,17 @@ class AttachedMethods(_WorldModel):  # type: ignore[misc]
     ) -> Any:
         """Finds the parents' windows, aligned; the sizes of the rows."""
         state = state_of(self)
-        original = functools.partial(
-            super().retrieve_or_generate_kvcache,
-            latent_state,
-            ready_env_num,
-            simulation_index,
-            start_pos,
-        )
+        arguments = latent_state, ready_env_num, simulation_index, start_pos
         if not self._kvjax_serves():
             with state.original_code():
-                return original()
+                return super().retrieve_or_generate_kvcache(*arguments)
         bridge, env_ids = state.bridge, _env_ids(self, ready_env_num)
-        bridge.follow_weights(self, thorough=False)
+        if not simulation_index:  # no update interrupts a search
+            bridge.follow_weights(self, thorough=False)
         batch = bridge.look_up(latent_state[:ready_env_num], env_ids, roots_only=False)
         root_step.fill_missed(self, batch, latent_state, start_pos)
         if state.shadow.mode:
+            original = functools.partial(super().retrieve_or_generate_kvcache, *arguments)
             with state.original_code():
                 state.shadow.retrieve(self, original, batch, env_ids)
         else:
@@ -140,14 +136,14 @@ class AttachedMethods(_WorldModel):  # type: ignore[misc]
     def trim_and_pad_kv_cache(self, is_init_infer: bool = True) -> Any:
         """Makes the rows that were found the batch that the model reads."""
         state, rows = state_of(self), self.keys_values_wm_list
-        original = functools.partial(super().trim_and_pad_kv_cache, is_init_infer)
         batch = rows.untouched if isinstance(rows, caches.Rows) else None
         if batch is None or not self._kvjax_serves():
             with state.original_code():
-                return original()
+                return super().trim_and_pad_kv_cache(is_init_infer)
         counted = False
         if state.shadow.mode and state.shadow.rows is not None:
             counted = True
+            original = functools.partial(super().trim_and_pad_kv_cache, is_init_infer)
             with state.original_code():
                 state.shadow.trim(self, original, batch)
         caches.install(self.keys_values_wm, batch, batch.size)
@@ -166,25 +162,15 @@ class AttachedMethods(_WorldModel):  # type: ignore[misc]
     ) -> None:
         """Takes the batch back, slides what is full and stores it under the latents."""
         state = state_of(self)
-        named = (
-            {}
-            if env_ids is None or not state.bridge.description.takes_env_ids
-            else {"env_ids": env_ids}
-        )
-        original = functools.partial(
-            super().update_cache_context,
-            latent_state,
-            is_init_infer,
-            simulation_index,
-            search_depth,
-            valid_context_lengths,
-            **named,
-        )
+        bridge, count = state.bridge, len(latent_state)
+        arguments = latent_state, is_init_infer, simulation_index, search_depth
+        arguments += (valid_context_lengths,)
+        if env_ids is not None and bridge.description.takes_env_ids:
+            arguments += (env_ids,)
         if not self._kvjax_serves():
             with state.original_code():
-                original()
+                super().update_cache_context(*arguments)
             return
-        bridge, count = state.bridge, len(latent_state)
         keys_values = self.keys_values_wm
         if not is_init_infer:
             ids, lengths = _env_ids(self, count), self.keys_values_wm_size_list_current
@@ -203,7 +189,7 @@ class AttachedMethods(_WorldModel):  # type: ignore[misc]
         if state.shadow.mode:
             bridge.settle()  # LightZero's code writes to the memory
             with state.original_code():
-                original()
+                super().update_cache_context(*arguments)
             stored = bridge.peek(latent_state, ids, roots_only=is_init_infer)
             state.shadow.compare_stored(self, stored, latent_state, ids, is_root=is_init_infer)
 
@@ -215,7 +201,7 @@ def _forget_everything(wm: Any) -> None:
 
 def _env_ids(wm: Any, count: int) -> list[int]:
     """The environments of a search's rows: main says which, 0.2.0 numbers them."""
-    named = getattr(wm, "current_infer_env_ids", None) or ()
+    named = vars(wm).get("current_infer_env_ids") or ()
     return [int(env) for env in named[:count]] + list(range(len(named), count))
 
 

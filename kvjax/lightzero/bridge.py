@@ -15,9 +15,11 @@ import numpy as np
 
 from kvjax import dlpack
 from kvjax import store as stores
+from kvjax.compilation import on_cpu
 from kvjax.config import require
 from kvjax.lightzero import layout, module
-from kvjax.lightzero.caches import Batch, SharedBatch, views_of
+from kvjax.lightzero.caches import Batch, views_of
+from kvjax.lightzero.exchange import Exchange
 from kvjax.statistics import Statistics
 from kvjax.types import Store
 
@@ -39,8 +41,8 @@ class Scope:
         )
         # Committed and uncommitted arrays compile twice.
         self.store: Store = jax.device_put(store)
-        self.pending: tuple[SharedBatch, tuple[Any, ...]] | None = None  # see `file_later`
-        self._shared: dict[int, SharedBatch] = {}  # by B'
+        self.pending: tuple[Exchange, tuple[Any, ...]] | None = None  # see `file_later`
+        self._exchanges: dict[int, Exchange] = {}  # by B'
         self._stale_roots = np.zeros(description.num_envs, bool)
         self._stale_nodes = self._is_stale = False
         # Environments whose newest root was made with older weights and can be computed again.
@@ -51,7 +53,7 @@ class Scope:
         # A store is donated by whoever writes to it: two owners cannot share one.
         self.settle()
         twin = copy.copy(self)
-        twin.store, twin._shared = jax.tree.map(jnp.copy, self.store), {}
+        twin.store, twin._exchanges = jax.tree.map(jnp.copy, self.store), {}
         twin._stale_roots, twin.outdated = self._stale_roots.copy(), self.outdated.copy()
         return twin
 
@@ -66,49 +68,75 @@ class Scope:
     def settle(self) -> None:
         """Files what is pending, and waits until that is done."""
         if self.pending is not None:
-            (batch, filing), self.pending = self.pending, None
-            self.file(batch.array, filing, is_root=False)
+            (exchange, (rows, *rest)), self.pending = self.pending, None
+            self.file(exchange.memory, *exchange.filed(), rows, *rest)
 
-    def file(self, batch: Any, filing: tuple[Any, ...], *, is_root: bool) -> None:
+    def file(
+        self,
+        memory: Any,
+        latent: Array,
+        length: Array,
+        rows: jax.Array,
+        *rest: Any,
+        is_root: bool = False,
+    ) -> None:
         """Files windows and waits until that is done; see `layout.file`."""
-        self.store = layout.file(self.store, batch, *filing, is_root=is_root, keep=self._keep)
+        self.store = layout.file(
+            self.store,
+            _lend(memory),
+            latent,
+            rows,
+            length,
+            *rest,
+            is_root=is_root,
+            keep=self._keep,
+        )
         # One computation: when one of its results is there it no longer reads what torch lent.
         self.store.counters.block_until_ready()
 
-    def file_later(self, memory: Any, filing: tuple[Any, ...]) -> None:
+    def file_later(
+        self, memory: Any, latent: Array, lengths: Sequence[int], filing: tuple[Any, ...]
+    ) -> None:
         """Files a simulation's windows with the next look-up, since one call is cheaper than two.
 
         Until then, or until `settle`, the memory must stay as it is.
         """
         capacity = memory.shape[2]
-        if capacity not in self._shared:
-            self._shared[capacity] = SharedBatch(jnp.zeros(memory.shape))
-        batch = self._shared[capacity]
-        if memory is not batch.tensor:
-            batch.tensor.copy_(memory)
-        self.pending = batch, filing
+        if capacity not in self._exchanges:
+            self._exchanges[capacity] = Exchange(tuple(memory.shape), latent.shape[1])
+        exchange = self._exchanges[capacity]
+        if memory is not exchange.memory:
+            exchange.memory.copy_(memory)
+        exchange.note_filed(latent, lengths)
+        self.pending = exchange, filing
 
-    def look_up(
-        self, latent: Array, rows: jax.Array, count: int, *, roots_only: bool
-    ) -> tuple[Any, tuple[Any, ...], Any, Any]:
-        """The memory of a batch, views of its first `count` rows, and what `layout.look_up` says.
-
-        The memory is overwritten by the next look-up but one.
-        """
-        pending = self.pending
-        if pending is None or roots_only or self._is_stale or pending[1][0].shape != latent.shape:
-            counters, found, *rest = layout.look_up(
-                self.clean(), latent, rows, roots_only=roots_only
+    def look_up(self, latent: Array, rows: jax.Array, *, roots_only: bool) -> Batch:
+        """Finds windows of latents [B, E]; the next look-up but one overwrites their memory."""
+        pending, (count, capacity) = self.pending, (len(latent), rows.shape[1])
+        if (
+            pending is None
+            or roots_only
+            or self._is_stale
+            or pending[0].memory.shape[2] != capacity
+        ):
+            counters, found, info, raw = layout.look_up(
+                self.clean(), _padded(latent, capacity), rows, roots_only=roots_only
             )
             self.store = layout.with_counters(self.store, counters)
+            lengths, sources = np.asarray(info)[:, :count].tolist()
             memory = dlpack.hand_over(found)
-            return memory, views_of(memory, count), *rest
-        (batch, filing), self.pending = pending, None
-        self.store, found, *rest = layout.file_and_look_up(
-            self.store, batch.array, filing, latent, rows, keep=self._keep
-        )
-        batch.renew(found)
-        return batch.tensor, batch.views(count), *rest
+            views = views_of(memory, count)
+        else:
+            (exchange, filing), self.pending = pending, None
+            exchange.note_asked(latent)
+            self.store, lent, raw = layout.file_and_look_up(
+                self.store, exchange.arrays, filing, rows, keep=self._keep
+            )
+            exchange.renew(*lent)
+            lengths, sources = exchange.found(count)
+            memory, views = exchange.memory, exchange.views(count)
+        tokens = None if raw is None else _unpad(raw, lengths)
+        return Batch(memory, views, lengths, sources, tokens)
 
     def clean(self) -> Store:
         """Files what is pending, forgets what is stale and returns the store."""
@@ -232,12 +260,8 @@ class Bridge:
 
     def look_up(self, latent: Any, env_ids: Sequence[int], *, roots_only: bool) -> Batch:
         """Finds and aligns the windows of latents [B, 1, E]; torch owns what comes back."""
-        rows, count = self._rows_of(env_ids), len(env_ids)
-        latent = _on_host(latent, rows.shape[1])
-        memory, views, info, raw = self.scope.look_up(latent, rows, count, roots_only=roots_only)
-        lengths, sources = np.asarray(info)[:, :count].tolist()
-        tokens = None if raw is None else _unpad(raw, lengths)
-        self.batch = Batch(memory, views, lengths, sources, tokens)
+        rows = self._rows_of(env_ids)
+        self.batch = self.scope.look_up(_on_host(latent), rows, roots_only=roots_only)
         return self.batch
 
     def peek(self, latent: Any, env_ids: Sequence[int], *, roots_only: bool) -> Batch:
@@ -264,18 +288,17 @@ class Bridge:
 
         `tokens` are the raw ones of each row, [length, E] tensors, where they are kept.
         """
-        rows = self._rows_of(env_ids)
-        length = np.zeros(rows.shape[1], np.int32)
-        length[: len(env_ids)] = lengths
-        latent = _on_host(latent, rows.shape[1])
-        scope, kept = self.scope, self.description.kept
-        raw = None if tokens is None else _padded(tokens, kept, rows.shape[1])
+        rows, latent = self._rows_of(env_ids), _on_host(latent)
+        scope, kept, capacity = self.scope, self.description.kept, rows.shape[1]
+        raw = None if tokens is None else _raw_tokens(tokens, kept, capacity)
         scope.clean()
-        if not is_root and _shares_memory(memory):
-            # The latent is torch's: it may be overwritten before it is filed.
-            scope.file_later(memory, (latent.copy(), rows, length, self._correction, raw))
+        if not is_root and _sees(memory):
+            scope.file_later(memory, latent, lengths, (rows, self._correction, raw))
             return
-        scope.file(_lend(memory), (latent, rows, length, self._correction, raw), is_root=is_root)
+        length = np.zeros(capacity, np.int32)
+        length[: len(latent)] = lengths
+        filing = _padded(latent, capacity), length, rows, self._correction, raw
+        scope.file(memory, *filing, is_root=is_root)
         if is_root:
             scope.outdated[list(env_ids)] = False
 
@@ -302,12 +325,12 @@ class Bridge:
         """
         key = tuple(env_ids)
         if key not in self._rows:
+            rows = np.zeros((2, self.capacity(len(key))), np.int32)
             most = self.description.num_envs
             require(
                 all(0 <= env < most for env in key),
                 f"environment ids must be in 0 .. {most - 1}, got {list(key)}",
             )
-            rows = np.zeros((2, self.capacity(len(key))), np.int32)
             rows[layout.ENV, : len(key)] = key
             rows[layout.VALID, : len(key)] = 1
             self._rows[key] = jax.device_put(rows)
@@ -324,17 +347,20 @@ class Bridge:
         return stores.stats(self._scopes[name].clean())
 
 
-def _on_host(latent: Any, capacity: int) -> Array:
-    """[B', E] float32, B rows of a tensor or an array and zeros behind them."""
+def _on_host(latent: Any) -> Array:
+    """Rows [B, 1, E] of a tensor or an array as [B, E]; the memory may be torch's."""
     array = latent if isinstance(latent, np.ndarray) else latent.detach().cpu().numpy()
-    array = np.asarray(array, np.float32).reshape(len(array), -1)
-    missing = capacity - len(array)
-    return np.pad(array, ((0, missing), (0, 0))) if missing else array
+    return array.reshape(len(array), -1)
 
 
-def _shares_memory(memory: Any) -> bool:
-    """Whether jax can compute where torch has a batch."""
-    return memory.device.type == jax.default_backend() == "cpu"
+def _padded(latent: Array, capacity: int) -> Array:
+    """[B', E] float32: rows and zeros behind them."""
+    return np.pad(latent.astype(np.float32), ((0, capacity - len(latent)), (0, 0)))
+
+
+def _sees(memory: Any) -> bool:
+    """Whether jax can see the memory of torch's tensors."""
+    return on_cpu() and memory.device.type == "cpu"
 
 
 def _unpad(raw: jax.Array, lengths: list[int]) -> list[Any]:
@@ -345,7 +371,7 @@ def _unpad(raw: jax.Array, lengths: list[int]) -> list[Any]:
     return [row[:length] for row, length in zip(rows, lengths, strict=False)]
 
 
-def _padded(tokens: Sequence[Any], kept: int, capacity: int) -> Array:
+def _raw_tokens(tokens: Sequence[Any], kept: int, capacity: int) -> Array:
     """The last `kept` raw tokens of each row, zeros behind them: [B', kept, E]."""
     raw = np.zeros((capacity, kept, tokens[0].shape[-1]), np.float32)
     for row, sequence in zip(raw, tokens, strict=False):

@@ -8,9 +8,6 @@ import dataclasses
 from collections.abc import MutableSequence
 from typing import Any
 
-import jax
-
-from kvjax import dlpack
 from kvjax.config import require
 
 
@@ -44,20 +41,6 @@ def views_of(memory: Any, rows: int) -> tuple[Any, ...]:
 def empty_batch(memory: Any, rows: int) -> Batch:
     """Rows of no tokens in zeroed memory."""
     return Batch(memory, views_of(memory, rows), [0] * rows, [0] * rows)
-
-
-class SharedBatch(dlpack.Shared):
-    """A batch's memory [L, 2, B', H, C, D] that torch and jax write to in turn."""
-
-    def __init__(self, array: jax.Array) -> None:
-        super().__init__(array)
-        self._views: dict[int, tuple[Any, ...]] = {}
-
-    def views(self, rows: int) -> tuple[Any, ...]:
-        """`views_of` the tensor, made once."""
-        if rows not in self._views:
-            self._views[rows] = views_of(self.tensor, rows)
-        return self._views[rows]
 
 
 def install(keys_values: Any, batch: Batch, size: int) -> None:

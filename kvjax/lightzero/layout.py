@@ -20,7 +20,6 @@ import numpy as np
 from kvjax import pool as pools
 from kvjax import statistics
 from kvjax import store as stores
-from kvjax.checks import ArrayLike
 from kvjax.compilation import jit_small_operations
 from kvjax.config import BLOCK
 from kvjax.pool import NO_SLOT
@@ -31,6 +30,14 @@ MISSED, IN_ROOTS, IN_NODES = 0, 1, 2
 
 ENV, VALID = 0, 1
 """Rows of the integers that describe a batch: [2, B] int32."""
+
+FILED, ASKED = 0, 1
+LENGTH, SOURCE, NOTES = 0, 1, 2
+"""Notes about a batch's rows: [2, B, E + 2] float32.
+
+The latents to file and the lengths of their windows; the latents to look up and, as an answer, the
+lengths of what was found and where that was. Behind E stand small integers, which floats hold.
+"""
 
 _replace = dataclasses.replace
 _jit = functools.partial(jit_small_operations, nested=False)
@@ -43,7 +50,6 @@ def look_up(
     rows: jax.Array,
     *,
     roots_only: bool,
-    batch: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
     """Finds windows and aligns them on the longest one, as `kvjax.ops.window.trim_and_pad` does.
 
@@ -58,15 +64,25 @@ def look_up(
       latent: [B, E] float32.
       rows: [2, B] int32, see `ENV`.
       roots_only: as at root steps.
-      batch: what to write the windows into; a new one by default. Behind the longest row it keeps
-        what it held.
 
     Returns:
       The store's counters, with this look-up counted; `batch`; [2, B] int32: each row's length and
       where it was found; raw tokens of what was found [B, K, E], None if the store keeps none.
     """
+    keys = stores.latent_keys(store, latent, rows[ENV])
+    return _look_up(store, keys, rows, roots_only=roots_only)
+
+
+def _look_up(
+    store: Store,
+    keys: jax.Array,
+    rows: jax.Array,
+    *,
+    roots_only: bool,
+    batch: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+    """`look_up` by keys [B, K]; into the memory of `batch`, which keeps what lies behind its rows."""
     env_id, valid = rows[ENV], rows[VALID] > 0
-    keys = stores.latent_keys(store, latent, env_id)
     found = stores.only(stores.find(store, keys, env_id, roots_only=roots_only), valid)
     in_root = found.root != NO_SLOT
     where = jnp.where(in_root, IN_ROOTS, jnp.where(found.hit, IN_NODES, MISSED))
@@ -173,8 +189,24 @@ def file(
       is_root: whether these are root windows.
       keep: how many of its last tokens a full window keeps, K by default.
     """
+    keys = stores.latent_keys(store, latent, rows[ENV])
+    return _file(store, batch, keys, rows, length, correction, raw, is_root=is_root, keep=keep)
+
+
+def _file(
+    store: Store,
+    batch: jax.Array,
+    keys: jax.Array,
+    rows: jax.Array,
+    length: jax.Array,
+    correction: jax.Array,
+    raw: jax.Array | None,
+    *,
+    is_root: bool,
+    keep: int | None,
+) -> Store:
+    """`file` by keys [B, K]."""
     env_id, valid = rows[ENV], rows[VALID] > 0
-    keys = stores.latent_keys(store, latent, env_id)
     pool, segment = (store.roots, env_id) if is_root else (store.nodes, jnp.zeros_like(env_id))
     # Slots first, windows after: each is read from the batch and written into its slot at once.
     filed, slot, evicted = pools.add(_replace(pool, entries=()), keys, segment, (), valid=valid)
@@ -243,52 +275,57 @@ def _read(
 
 def file_and_look_up(
     store: Store,
-    batch: jax.Array,
+    lent: tuple[jax.Array, jax.Array],
     filing: tuple[Any, ...],
-    latent: ArrayLike,
-    rows: ArrayLike,
+    rows: jax.Array,
     *,
     keep: int | None = None,
-) -> tuple[Store, jax.Array, jax.Array, jax.Array | None]:
-    """`file` and then `look_up`, as between two simulations, in one call and in one batch's memory.
+) -> tuple[Store, tuple[jax.Array, jax.Array], jax.Array | None]:
+    """`file` and then `look_up`, as between two simulations, in one call and in the same memory.
 
     Args:
       store: moved, use the one that comes back.
-      batch: moved like the store. Holds what is to be filed, then what is found.
-      filing: what `file` takes behind the batch; not root windows.
-      latent: [B, E] float32, to look up.
+      lent: `batch` and notes [2, B, E + 2], see `FILED`; moved like the store. They hold what is to
+        be filed and asked, then what is found; behind its rows the batch keeps what it held.
+      filing: [2, B] int32, see `ENV`, the correction and raw tokens, see `file`; not root windows.
       rows: [2, B] int32, of the look-up.
       keep: see `file`.
 
     Returns:
-      The store and what `look_up` returns behind its counters.
+      The store, what was lent, and raw tokens as of `look_up`.
     """
     # Only what changes is donated: each array that is handed back takes time.
-    changing = store.nodes, store.counters, batch
-    rest = _replace(store, nodes=None, counters=None)
-    (nodes, counters, batch), *found = _file_and_look_up(
-        changing, rest, filing, latent, rows, keep=keep
-    )
-    return _replace(store, nodes=nodes, counters=counters), batch, *found
+    rest = Store(store.roots, None, store.epoch, None, store.latest, store.verify_keys)
+    changing = store.nodes, store.counters, *lent
+    (nodes, counters, *lent), raw = _file_and_look_up(changing, rest, filing, rows, keep=keep)
+    filed = Store(store.roots, nodes, store.epoch, counters, store.latest, store.verify_keys)
+    return filed, lent, raw
+
+
+_Changing = tuple[Pool, jax.Array, jax.Array, jax.Array]
 
 
 @functools.partial(_jit, static_argnames=("keep",), donate_argnames=("changing",))
 def _file_and_look_up(
-    changing: tuple[Pool, jax.Array, jax.Array],
+    changing: _Changing,
     rest: Store,
     filing: tuple[Any, ...],
-    latent: jax.Array,
     rows: jax.Array,
     *,
     keep: int | None,
-) -> tuple[tuple[Pool, jax.Array, jax.Array], jax.Array, jax.Array | None]:
-    nodes, counters, batch = changing
+) -> tuple[_Changing, jax.Array | None]:
+    nodes, counters, batch, notes = changing
     store = _replace(rest, nodes=nodes, counters=counters)
-    store = file.__wrapped__(store, batch, *filing, is_root=False, keep=keep)
-    counters, batch, info, raw = look_up.__wrapped__(
-        store, latent, rows, roots_only=False, batch=batch
+    filed_rows, correction, raw = filing
+    latent, length = notes[..., :-NOTES], notes[FILED, :, LENGTH - NOTES].astype(jnp.int32)
+    env_id = jnp.stack([filed_rows[ENV], rows[ENV]])
+    filed, asked = jax.vmap(stores.latent_keys, in_axes=(None, 0, 0))(store, latent, env_id)
+    store = _file(
+        store, batch, filed, filed_rows, length, correction, raw, is_root=False, keep=keep
     )
-    return (store.nodes, counters, batch), info, raw
+    counters, batch, info, raw = _look_up(store, asked, rows, roots_only=False, batch=batch)
+    notes = notes.at[ASKED, :, -NOTES:].set(info.T.astype(notes.dtype))
+    return (store.nodes, counters, batch, notes), raw
 
 
 @functools.partial(jax.jit, donate_argnames=("store",))

@@ -170,9 +170,11 @@ def _push(wm: Any, bridge: Bridge, tokens: dict[str, Any], start_pos: Any) -> An
 
 def hold(wm: Any, batch: Batch) -> None:
     """Makes a batch the model's list of caches."""
-    length = wm.context_length
-    empty = wm.transformer.generate_empty_keys_values
-    wm.keys_values_wm_list = Rows(batch, lambda: empty(n=1, max_tokens=length))
+
+    def make_empty() -> Any:
+        return wm.transformer.generate_empty_keys_values(n=1, max_tokens=wm.context_length)
+
+    wm.keys_values_wm_list = Rows(batch, make_empty)
     wm.keys_values_wm_size_list = list(batch.lengths)
     if batch.tokens is not None:
         wm.keys_values_wm_token_context_list = [x.to(batch.memory.device) for x in batch.tokens]
@@ -185,11 +187,11 @@ def fill_missed(wm: Any, batch: Batch, latent: Any, start_pos: Any) -> None:
       latent: [B, 1, E] tensor or array.
       start_pos: B timesteps or one number, read by rotary models.
     """
-    import torch
-
     missed = [row for row, source in enumerate(batch.sources) if not source]
     if not missed:
         return
+    import torch
+
     embeddings = torch.as_tensor(np.asarray(latent) if not hasattr(latent, "to") else latent)
     embeddings = embeddings[missed].reshape(len(missed), 1, -1).to(batch.memory.device)
     positions = np.asarray(start_pos).reshape(-1)
