@@ -17,6 +17,12 @@ thread; for small ones that takes longer than the operations do. The library's s
 than XLA's own where a few numbers are summed at a time: attention takes half the time without.
 """
 
+_ONE_THREAD = {"xla_disable_hlo_passes": "cpu-parallel-task-assigner"}
+"""No loop is shared by threads; products still are.
+
+To wake a thread takes some 30 us, more than most loops of a narrow model.
+"""
+
 
 class jit_small_operations:  # noqa: N801  (used like jax.jit)
     """`jax.jit` for programs of many small operations on a CPU.
@@ -28,21 +34,35 @@ class jit_small_operations:  # noqa: N801  (used like jax.jit)
     __wrapped__: Callable[..., Any]
 
     def __init__(
-        self, function: Callable[..., Any], *, nested: bool = True, **options: Any
+        self,
+        function: Callable[..., Any],
+        *,
+        nested: bool = True,
+        one_thread: Callable[..., bool] = lambda **_: False,
+        **options: Any,
     ) -> None:
-        """As `jax.jit`; `nested=False` promises that no other program contains the call."""
+        """As `jax.jit`.
+
+        Args:
+          function: what to compile.
+          nested: False promises that no other program contains the call.
+          one_thread: says for a call's keyword arguments whether its loops stay in one thread.
+          **options: of `jax.jit`.
+        """
         functools.update_wrapper(self, function)
-        self._nested = nested
+        self._nested, self._one_thread = nested, one_thread
         self._jit = functools.partial(jax.jit, function, **options)
         self._plain = self._jit()
+        self._tuned: dict[bool, Any] = {}
 
-    @functools.cached_property
-    def _tuned(self) -> Any:
-        return self._jit(compiler_options=_known_options())
-
-    def _program(self, arguments: Any) -> Any:
+    def _program(self, args: Any, kwargs: Any) -> Any:
         """JAX takes compiler options only where it compiles."""
-        return self._tuned if on_cpu() and not self._is_inside(arguments) else self._plain
+        if not on_cpu() or self._is_inside((args, kwargs)):
+            return self._plain
+        one_thread = self._one_thread(**kwargs)
+        if one_thread not in self._tuned:
+            self._tuned[one_thread] = self._jit(compiler_options=_known_options(one_thread))
+        return self._tuned[one_thread]
 
     def _is_inside(self, arguments: Any) -> bool:
         leaves = jax.tree.leaves(arguments) if self._nested else ()
@@ -50,11 +70,11 @@ class jit_small_operations:  # noqa: N801  (used like jax.jit)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the function."""
-        return self._program((args, kwargs))(*args, **kwargs)
+        return self._program(args, kwargs)(*args, **kwargs)
 
     def lower(self, *args: Any, **kwargs: Any) -> Any:
         """As of a jitted function."""
-        return self._program((args, kwargs)).lower(*args, **kwargs)
+        return self._program(args, kwargs).lower(*args, **kwargs)
 
 
 @functools.cache
@@ -64,9 +84,10 @@ def on_cpu() -> bool:
 
 
 @functools.cache
-def _known_options() -> dict[str, str]:
+def _known_options(one_thread: bool) -> dict[str, str]:
     """The options that this XLA has: they are no promise of its makers, and only save time."""
-    return {name: value for name, value in _SMALL_OPERATIONS.items() if _is_known(name, value)}
+    options = _SMALL_OPERATIONS | _ONE_THREAD if one_thread else _SMALL_OPERATIONS
+    return {name: value for name, value in options.items() if _is_known(name, value)}
 
 
 def _is_known(name: str, value: str) -> bool:

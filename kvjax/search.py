@@ -4,6 +4,7 @@ Shapes: B environments, A actions, E embedding size, C context_length in tokens.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,8 @@ from kvjax.subtree import Kept
 from kvjax.types import Contexts, Params, Prepared, SearchOutput
 
 _TINY = float(np.finfo(np.float32).tiny)
+_NARROW = 128
+"""Embedding size up to which one thread computes faster than several share (2 cores; 256 does not)."""
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
@@ -150,7 +153,13 @@ def _validate(
         raise ValueError(f"every row needs a legal action, rows {rows} have none")
 
 
-@functools.partial(jit_small_operations, static_argnames=("config", "search"))
+def _is_narrow(config: WorldModelConfig, **_: Any) -> bool:
+    return config.embed_dim <= _NARROW
+
+
+@functools.partial(
+    jit_small_operations, one_thread=_is_narrow, static_argnames=("config", "search")
+)
 def _search(
     params: Params | Prepared,
     rng: jax.Array,

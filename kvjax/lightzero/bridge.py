@@ -94,6 +94,12 @@ class Scope:
         # One computation: when one of its results is there it no longer reads what torch lent.
         self.store.counters.block_until_ready()
 
+    def sees(self, memory: Any) -> bool:
+        """Whether jax can compute in a batch's memory."""
+        exchange = self._exchanges.get(memory.shape[2])
+        known = exchange is not None and exchange.memory is memory
+        return known or (on_cpu() and memory.device.type == "cpu")
+
     def file_later(
         self, memory: Any, latent: Array, lengths: Sequence[int], filing: tuple[Any, ...]
     ) -> None:
@@ -292,7 +298,7 @@ class Bridge:
         scope, kept, capacity = self.scope, self.description.kept, rows.shape[1]
         raw = None if tokens is None else _raw_tokens(tokens, kept, capacity)
         scope.clean()
-        if not is_root and _sees(memory):
+        if not is_root and scope.sees(memory):
             scope.file_later(memory, latent, lengths, (rows, self._correction, raw))
             return
         length = np.zeros(capacity, np.int32)
@@ -356,11 +362,6 @@ def _on_host(latent: Any) -> Array:
 def _padded(latent: Array, capacity: int) -> Array:
     """[B', E] float32: rows and zeros behind them."""
     return np.pad(latent.astype(np.float32), ((0, capacity - len(latent)), (0, 0)))
-
-
-def _sees(memory: Any) -> bool:
-    """Whether jax can see the memory of torch's tensors."""
-    return on_cpu() and memory.device.type == "cpu"
 
 
 def _unpad(raw: jax.Array, lengths: list[int]) -> list[Any]:

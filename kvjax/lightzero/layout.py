@@ -2,7 +2,8 @@
 
 LightZero keeps a batch per layer, keys apart from values and heads before tokens; a store keeps a
 token's keys and values of all layers together. Each function here is one jitted call that moves
-between the two and aligns rows while it moves them, so that every window is read and written once.
+between the two and aligns rows while it moves them, so that every window is read and written once,
+in one thread: the others are torch's.
 
 Shapes: B rows, E embedding size, C context_length in tokens, K = C - 3 stored tokens, L layers,
 H heads, D head size, P environments. `batch` is [L, 2, B, H, C, D].
@@ -40,7 +41,7 @@ lengths of what was found and where that was. Behind E stand small integers, whi
 """
 
 _replace = dataclasses.replace
-_jit = functools.partial(jit_small_operations, nested=False)
+_jit = functools.partial(jit_small_operations, nested=False, one_thread=lambda **_: True)
 
 
 @functools.partial(_jit, static_argnames=("roots_only",))
@@ -148,8 +149,7 @@ def _aligned_batch(
 def _each_row(kind: jax.Array, kinds: Sequence[Callable[..., Any]], carry: jax.Array) -> jax.Array:
     """Hands each row to the function of its kind [B], one after the other; others are left out.
 
-    A loop copies rows at the speed of memory, in one thread: beside torch's own threads that is
-    faster than to share the work.
+    A loop copies rows at the speed of memory, in one thread.
     """
     order = jnp.argsort(kind)
     ends = jnp.sum(kind[:, None] <= np.arange(len(kinds)), axis=0)
