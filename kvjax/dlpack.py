@@ -115,7 +115,7 @@ class Shared:
     def __init__(self, array: jax.Array) -> None:
         import torch
 
-        platform = array.block_until_ready().platform()  # type: ignore[attr-defined]
+        platform = array.block_until_ready().platform()
         require(platform == "cpu", f"expected an array on a CPU, got one on a {platform}")
         self._memory = _Memory(array)
         self.tensor = torch.from_numpy(np.asarray(self._memory))

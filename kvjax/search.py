@@ -23,7 +23,7 @@ from kvjax.types import Contexts, Params, Prepared, SearchOutput
 
 _TINY = float(np.finfo(np.float32).tiny)
 _NARROW = 128
-"""Embedding size up to which one thread computes faster than several share (2 cores; 256 does not)."""
+"""Embedding size up to which loops are faster in one thread; on 2 cores, 256 is slower so."""
 
 
 @functools.partial(jax.jit, static_argnames=("config",))

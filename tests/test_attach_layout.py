@@ -44,7 +44,9 @@ def test_filed_windows_are_slid_and_come_back_aligned(lengths, is_root):
     kv, batch = random_batch(rng, lengths)
     latent = rng.normal(size=(len(lengths), 16)).astype(np.float32)
     correction = rng.normal(size=(K, L, 2, H, D)).astype(np.float32)
-    store = layout.file(store, batch, latent, describe(lengths), np.int32(lengths), correction, is_root=is_root)
+    store = layout.file(
+        store, batch, latent, describe(lengths), np.int32(lengths), correction, is_root=is_root
+    )
     expected = jax.vmap(windows.slide, in_axes=(0, None))(
         Window(jnp.asarray(kv), jnp.asarray(lengths)), jnp.asarray(correction)
     )
@@ -126,7 +128,9 @@ def test_filing_moves_the_store_and_copies_no_table():
     place = store.nodes.entries.kv.unsafe_buffer_pointer()
     store = jax.device_put(store)
     place = store.nodes.entries.kv.unsafe_buffer_pointer()
-    store = layout.file(store, batch, latent, describe([7] * 8), np.int32([7] * 8), zero, is_root=False)
+    store = layout.file(
+        store, batch, latent, describe([7] * 8), np.int32([7] * 8), zero, is_root=False
+    )
     assert store.nodes.entries.kv.unsafe_buffer_pointer() == place
 
 
@@ -176,7 +180,9 @@ def test_clearing():
     latent = rng.normal(size=(3, 16)).astype(np.float32)
     zero = np.zeros((K, L, 2, H, D), np.float32)
     for is_root in (True, False):
-        store = layout.file(store, batch, latent, describe(lengths), np.int32(lengths), zero, is_root=is_root)
+        store = layout.file(
+            store, batch, latent, describe(lengths), np.int32(lengths), zero, is_root=is_root
+        )
 
     def counts(store):
         stats = stores.stats(store)

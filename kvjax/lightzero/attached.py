@@ -163,7 +163,7 @@ class AttachedMethods(_WorldModel):  # type: ignore[misc]
         """Takes the batch back, slides what is full and stores it under the latents."""
         state = state_of(self)
         bridge, count = state.bridge, len(latent_state)
-        arguments = latent_state, is_init_infer, simulation_index, search_depth
+        arguments: tuple[Any, ...] = latent_state, is_init_infer, simulation_index, search_depth
         arguments += (valid_context_lengths,)
         if env_ids is not None and bridge.description.takes_env_ids:
             arguments += (env_ids,)

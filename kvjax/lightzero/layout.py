@@ -82,7 +82,7 @@ def _look_up(
     roots_only: bool,
     batch: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
-    """`look_up` by keys [B, K]; into the memory of `batch`, which keeps what lies behind its rows."""
+    """`look_up` by keys [B, K]; into `batch`, which keeps what lies behind its rows' ends."""
     env_id, valid = rows[ENV], rows[VALID] > 0
     found = stores.only(stores.find(store, keys, env_id, roots_only=roots_only), valid)
     in_root = found.root != NO_SLOT
@@ -135,7 +135,8 @@ def _aligned_batch(
         return write(batch, row, start[row], jnp.roll(window, pad[row] - start[row], axis=0))
 
     def leave_empty(row: jax.Array, batch: jax.Array) -> jax.Array:
-        return write(batch, row, 0, jnp.zeros((stored + free, layers, two, heads, size), batch.dtype))
+        shape = stored + free, layers, two, heads, size
+        return write(batch, row, 0, jnp.zeros(shape, batch.dtype))
 
     kinds: list[Callable[..., Any]] = [
         functools.partial(function, table=pool.entries.kv)
@@ -295,9 +296,11 @@ def file_and_look_up(
       The store, what was lent, and raw tokens as of `look_up`.
     """
     # Only what changes is donated: each array that is handed back takes time.
-    rest = Store(store.roots, None, store.epoch, None, store.latest, store.verify_keys)
-    changing = store.nodes, store.counters, *lent
-    (nodes, counters, *lent), raw = _file_and_look_up(changing, rest, filing, rows, keep=keep)
+    changing, rest = (store.nodes, store.counters, *lent), (store.roots, store.epoch, store.latest)
+    (nodes, counters, *lent), raw = _file_and_look_up(
+        changing, rest, filing, rows, keep=keep, verify_keys=store.verify_keys
+    )
+    # As `dataclasses.replace`, in a tenth of the time.
     filed = Store(store.roots, nodes, store.epoch, counters, store.latest, store.verify_keys)
     return filed, lent, raw
 
@@ -305,17 +308,18 @@ def file_and_look_up(
 _Changing = tuple[Pool, jax.Array, jax.Array, jax.Array]
 
 
-@functools.partial(_jit, static_argnames=("keep",), donate_argnames=("changing",))
+@functools.partial(_jit, static_argnames=("keep", "verify_keys"), donate_argnames=("changing",))
 def _file_and_look_up(
     changing: _Changing,
-    rest: Store,
+    rest: tuple[Pool, jax.Array, jax.Array | None],
     filing: tuple[Any, ...],
     rows: jax.Array,
     *,
     keep: int | None,
+    verify_keys: bool,
 ) -> tuple[_Changing, jax.Array | None]:
-    nodes, counters, batch, notes = changing
-    store = _replace(rest, nodes=nodes, counters=counters)
+    (nodes, counters, batch, notes), (roots, epoch, latest) = changing, rest
+    store = Store(roots, nodes, epoch, counters, latest, verify_keys)
     filed_rows, correction, raw = filing
     latent, length = notes[..., :-NOTES], notes[FILED, :, LENGTH - NOTES].astype(jnp.int32)
     env_id = jnp.stack([filed_rows[ENV], rows[ENV]])
