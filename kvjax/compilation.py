@@ -72,6 +72,10 @@ class jit_small_operations:  # noqa: N801  (used like jax.jit)
         """As the function."""
         return self._program(args, kwargs)(*args, **kwargs)
 
+    def _cache_size(self) -> int:
+        """As of a jitted function; what was compiled as a part of other programs does not count."""
+        return sum(program._cache_size() for program in self._tuned.values())
+
     def lower(self, *args: Any, **kwargs: Any) -> Any:
         """As of a jitted function."""
         return self._program(args, kwargs).lower(*args, **kwargs)

@@ -45,6 +45,6 @@ def test_loops_stay_in_one_thread_where_asked():
 def test_inside_of_another_program_it_is_a_plain_jit():
     program = jit_small_operations(double)
     np.testing.assert_array_equal(jax.jit(program)(jnp.arange(3)), [0, 2, 4])
-    assert not program._tuned
+    assert program._cache_size() == 0
     np.testing.assert_array_equal(program(jnp.arange(3)), [0, 2, 4])
-    assert program._tuned[False]._cache_size() == 1
+    assert program._cache_size() == 1

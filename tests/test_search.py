@@ -159,10 +159,10 @@ def test_illegal_actions_are_never_visited():
 
 
 def test_legal_actions_are_an_array_and_compile_nothing():
-    before = _search._tuned._cache_size()
+    before = _search._cache_size()
     for legal in (None, np.eye(3, dtype=bool), np.ones((3, 3), bool)):
         run(observations(1, 3), [np.full(3, -1)], legal=legal)
-    assert _search._tuned._cache_size() <= before + 1
+    assert _search._cache_size() <= before + 1
 
 
 def test_root_noise_depends_on_the_key_and_its_absence_does_not():

@@ -163,13 +163,13 @@ class AttachedMethods(_WorldModel):  # type: ignore[misc]
         """Takes the batch back, slides what is full and stores it under the latents."""
         state = state_of(self)
         bridge, count = state.bridge, len(latent_state)
-        arguments: tuple[Any, ...] = latent_state, is_init_infer, simulation_index, search_depth
-        arguments += (valid_context_lengths,)
+        arguments = latent_state, is_init_infer, simulation_index, search_depth
+        named = {"valid_context_lengths": valid_context_lengths}
         if env_ids is not None and bridge.description.takes_env_ids:
-            arguments += (env_ids,)
+            named["env_ids"] = env_ids
         if not self._kvjax_serves():
             with state.original_code():
-                super().update_cache_context(*arguments)
+                super().update_cache_context(*arguments, **named)
             return
         keys_values = self.keys_values_wm
         if not is_init_infer:
@@ -189,7 +189,7 @@ class AttachedMethods(_WorldModel):  # type: ignore[misc]
         if state.shadow.mode:
             bridge.settle()  # LightZero's code writes to the memory
             with state.original_code():
-                super().update_cache_context(*arguments)
+                super().update_cache_context(*arguments, **named)
             stored = bridge.peek(latent_state, ids, roots_only=is_init_infer)
             state.shadow.compare_stored(self, stored, latent_state, ids, is_root=is_init_infer)
 
