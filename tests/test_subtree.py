@@ -101,11 +101,11 @@ def test_a_loop_in_one_jit_equals_calls_one_by_one():
         )
         return (contexts, out.kept, out.action), (out.visit_counts, out.root_value)
 
-    before, state, answers = _search._tuned._cache_size(), start, []
+    before, state, answers = _search._cache_size(), start, []
     for t, observation in enumerate(observed):
         state, answer = step((state[0], None if t == 4 else state[1], state[2]), observation)
         answers.append(answer)
-    assert _search._tuned._cache_size() <= before + 1
+    assert _search._cache_size() <= before + 1
     visits, values = (np.stack(x) for x in zip(*answers, strict=True))
     _, (all_visits, all_values) = jax.jit(lambda: jax.lax.scan(step, start, observed))()
     np.testing.assert_array_equal(all_visits[:4], visits[:4])
