@@ -4,7 +4,7 @@
   into what it got, jax may donate what it got.
 * `borrow` lends a tensor's memory to jax for the length of a `with` block and takes it back.
 * `hand_over` moves a fresh array to torch without a copy; the array is gone afterwards.
-* `Shared` is a buffer that both see and write to in turn.
+* `memory_of` lets numpy write into an array that nobody else holds.
 
 DLPack alone promises none of this: an exported array is a writable alias of immutable memory, an
 import with `copy=True` may still alias, and work that was dispatched on borrowed memory may read it
@@ -98,55 +98,30 @@ def hand_over(array: jax.Array) -> Any:
     return tensor
 
 
-class Shared:
-    """A buffer that goes back and forth: jax's memory, which torch sees as a tensor. CPU only.
+def memory_of(array: jax.Array) -> np.ndarray[Any, Any]:
+    """A writable numpy view of an array's memory, which does not keep the array from being donated.
 
-    Torch writes to `tensor`; a jitted call that is given `array` and donates it writes in its turn,
-    and `renew` takes what the call gave back. Neither side may touch it while the other one works.
-    The memory lives as long as this object and any view of the tensor.
+    For whoever holds the array alone, on a CPU, and to be used at once: after the array was donated
+    the view is of memory that may be anybody's. (`numpy.asarray` makes a view that may be kept, and
+    that turns every later donation into a copy.)
 
     Args:
-      array: nobody else's; of a dtype that numpy has.
+      array: computed, of a dtype that numpy has.
 
     Raises:
       ValueError: the array is not on a CPU.
     """
-
-    def __init__(self, array: jax.Array) -> None:
-        import torch
-
-        platform = array.block_until_ready().platform()
-        require(platform == "cpu", f"expected an array on a CPU, got one on a {platform}")
-        self._memory = _Memory(array)
-        self.tensor = torch.from_numpy(np.asarray(self._memory))
-
-    @property
-    def array(self) -> jax.Array:
-        """The array as it is now."""
-        return self._memory.array
-
-    def renew(self, array: jax.Array) -> None:
-        """Takes the array that a call wrote into this memory, and waits for it.
-
-        Raises:
-          RuntimeError: it stands elsewhere: the call did not donate its argument.
-        """
-        self._memory.array = array.block_until_ready()
-        if array.unsafe_buffer_pointer() != self.tensor.data_ptr():
-            raise RuntimeError("expected an array in the shared memory, got one of its own")
+    platform = array.platform()
+    require(platform == "cpu", f"expected an array on a CPU, got one on a {platform}")
+    return np.asarray(_Memory(array))
 
 
 class _Memory:
-    """An array's memory for numpy, whose views of it keep the array."""
-
     def __init__(self, array: jax.Array) -> None:
-        self.array = array
-
-    @property
-    def __array_interface__(self) -> dict[str, Any]:
-        array, dtype = self.array, np.dtype(self.array.dtype)
-        data = array.unsafe_buffer_pointer(), False
-        return {"version": 3, "shape": array.shape, "typestr": dtype.str, "data": data}
+        self._array = array
+        dtype, place = np.dtype(array.dtype), array.unsafe_buffer_pointer()
+        fields = {"version": 3, "shape": array.shape, "typestr": dtype.str, "data": (place, False)}
+        self.__array_interface__ = fields
 
 
 def import_shared(tensor: Any) -> jax.Array:

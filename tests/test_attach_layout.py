@@ -155,9 +155,9 @@ def test_filing_and_looking_up_in_one_call_is_one_after_the_other():
             notes = np.zeros((2, 3, 16 + layout.NOTES), np.float32)
             notes[:, :, :16] = latent, asked
             notes[layout.FILED, :, 16 + layout.LENGTH] = length
-            lent = jnp.asarray(batch), jnp.asarray(notes)
+            lent = jnp.full_like(batch, np.nan), jnp.asarray(notes)
             store, (found, notes), raw = layout.file_and_look_up(
-                store, lent, (of_rows, correction, None), rows
+                store, lent, (batch, of_rows, correction, None), rows
             )
             out = [found, notes[layout.ASKED, :, 16:].T.astype(int), raw]
         else:

@@ -68,8 +68,8 @@ class Scope:
     def settle(self) -> None:
         """Files what is pending, and waits until that is done."""
         if self.pending is not None:
-            (exchange, (rows, *rest)), self.pending = self.pending, None
-            self.file(exchange.memory, *exchange.filed(), rows, *rest)
+            (exchange, (memory, rows, *rest)), self.pending = self.pending, None
+            self.file(memory, *exchange.filed(), rows, *rest)
 
     def file(
         self,
@@ -94,55 +94,48 @@ class Scope:
         # One computation: when one of its results is there it no longer reads what torch lent.
         self.store.counters.block_until_ready()
 
-    def sees(self, memory: Any) -> bool:
-        """Whether jax can compute in a batch's memory."""
-        exchange = self._exchanges.get(memory.shape[2])
-        known = exchange is not None and exchange.memory is memory
-        return known or (on_cpu() and memory.device.type == "cpu")
-
     def file_later(
         self, memory: Any, latent: Array, lengths: Sequence[int], filing: tuple[Any, ...]
     ) -> None:
         """Files a simulation's windows with the next look-up, since one call is cheaper than two.
 
-        Until then, or until `settle`, the memory must stay as it is.
+        Until then, or until `settle`, the memory must stay as it is; latents may change.
         """
-        capacity = memory.shape[2]
-        if capacity not in self._exchanges:
-            self._exchanges[capacity] = Exchange(tuple(memory.shape), latent.shape[1])
-        exchange = self._exchanges[capacity]
-        if memory is not exchange.memory:
-            exchange.memory.copy_(memory)
+        rows = memory.shape[2]
+        if rows not in self._exchanges:
+            self._exchanges[rows] = Exchange(tuple(memory.shape), latent.shape[1])
+        exchange = self._exchanges[rows]
         exchange.note_filed(latent, lengths)
-        self.pending = exchange, filing
+        self.pending = exchange, (memory, *filing)
 
     def look_up(self, latent: Array, rows: jax.Array, *, roots_only: bool) -> Batch:
-        """Finds windows of latents [B, E]; the next look-up but one overwrites their memory."""
+        """Finds and aligns the windows of latents [B, E]."""
         pending, (count, capacity) = self.pending, (len(latent), rows.shape[1])
-        if (
-            pending is None
-            or roots_only
-            or self._is_stale
-            or pending[0].memory.shape[2] != capacity
-        ):
+        if pending is None or roots_only or self._is_stale or pending[0].rows != capacity:
             counters, found, info, raw = layout.look_up(
                 self.clean(), _padded(latent, capacity), rows, roots_only=roots_only
             )
             self.store = layout.with_counters(self.store, counters)
             lengths, sources = np.asarray(info)[:, :count].tolist()
             memory = dlpack.hand_over(found)
-            views = views_of(memory, count)
         else:
-            (exchange, filing), self.pending = pending, None
-            exchange.note_asked(latent)
-            self.store, lent, raw = layout.file_and_look_up(
-                self.store, exchange.arrays, filing, rows, keep=self._keep
-            )
-            exchange.renew(*lent)
-            lengths, sources = exchange.found(count)
-            memory, views = exchange.memory, exchange.views(count)
+            memory, lengths, sources, raw = self._file_and_look_up(*pending, latent, rows)
         tokens = None if raw is None else _unpad(raw, lengths)
-        return Batch(memory, views, lengths, sources, tokens)
+        return Batch(memory, views_of(memory, count), lengths, sources, tokens)
+
+    def _file_and_look_up(
+        self, exchange: Exchange, filing: tuple[Any, ...], latent: Array, rows: jax.Array
+    ) -> tuple[Any, ...]:
+        self.pending = None
+        del self._exchanges[exchange.rows]  # whoever interrupts this leaves no half of it behind
+        exchange.note_asked(latent)
+        memory, *rest = filing
+        self.store, lent, raw = layout.file_and_look_up(
+            self.store, exchange.arrays, (_lend(memory), *rest), rows, keep=self._keep
+        )
+        found = exchange.take(lent, len(latent))
+        self._exchanges[exchange.rows] = exchange
+        return *found, raw
 
     def clean(self) -> Store:
         """Files what is pending, forgets what is stale and returns the store."""
@@ -182,7 +175,7 @@ class Bridge:
         twin: Bridge = copy.copy(self)
         memo[id(self)] = twin
         twin._scopes = copy.deepcopy(self._scopes, memo)
-        twin._rows, twin.batch = dict(self._rows), None
+        twin._rows, twin.batch, twin._active = dict(self._rows), None, None
         # The copied module has other parameters of the same values: they are no update.
         twin._seen, twin._watched, twin._versions = None, [], ()
         return twin
@@ -298,7 +291,7 @@ class Bridge:
         scope, kept, capacity = self.scope, self.description.kept, rows.shape[1]
         raw = None if tokens is None else _raw_tokens(tokens, kept, capacity)
         scope.clean()
-        if not is_root and scope.sees(memory):
+        if not is_root and on_cpu() and memory.is_cpu and memory.shape[2] == capacity:
             scope.file_later(memory, latent, lengths, (rows, self._correction, raw))
             return
         length = np.zeros(capacity, np.int32)

@@ -13,7 +13,7 @@ from kvjax.config import require
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Aligned caches, which the model writes its new tokens into."""
+    """Aligned caches that torch owns alone: the model writes its new tokens into them."""
 
     memory: Any  # [L, 2, B', H, C, D] tensor
     views: tuple[Any, ...]  # 2 L tensors [B, H, C, D], keys and values of each layer in turn
@@ -34,7 +34,8 @@ class Batch:
 
 def views_of(memory: Any, rows: int) -> tuple[Any, ...]:
     """A batch's memory as the caches of its first rows: 2 L tensors [rows, H, C, D]."""
-    views: tuple[Any, ...] = memory.flatten(0, 1)[:, :rows].unbind()
+    flat = memory.flatten(0, 1)
+    views: tuple[Any, ...] = (flat if rows == flat.shape[1] else flat[:, :rows]).unbind()
     return views
 
 
@@ -79,7 +80,7 @@ def memory_of(keys_values: Any, batch: Batch | None, capacity: int) -> Any:
         held[0].dtype is torch.float32,
         f"expected float32 caches, got {held[0].dtype}: attach supports no half precision",
     )
-    stacked = torch.stack(held).unflatten(0, (len(held) // 2, 2))
+    stacked = torch.stack(held).detach().unflatten(0, (len(held) // 2, 2))
     missing = capacity - stacked.shape[2]
     return torch.nn.functional.pad(stacked, (0, 0, 0, 0, 0, 0, 0, missing)).contiguous()
 

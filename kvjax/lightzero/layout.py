@@ -282,18 +282,18 @@ def file_and_look_up(
     *,
     keep: int | None = None,
 ) -> tuple[Store, tuple[jax.Array, jax.Array], jax.Array | None]:
-    """`file` and then `look_up`, as between two simulations, in one call and in the same memory.
+    """`file` and then `look_up`, as between two simulations, in one call.
 
     Args:
       store: moved, use the one that comes back.
-      lent: `batch` and notes [2, B, E + 2], see `FILED`; moved like the store. They hold what is to
-        be filed and asked, then what is found; behind its rows the batch keeps what it held.
-      filing: [2, B] int32, see `ENV`, the correction and raw tokens, see `file`; not root windows.
+      lent: moved like the store: memory for the `batch` that is found, which keeps behind its rows
+        what it held; notes [2, B, E + 2] of what to file and to ask, see `FILED`.
+      filing: what `file` takes as batch, rows, correction and raw tokens; not root windows.
       rows: [2, B] int32, of the look-up.
       keep: see `file`.
 
     Returns:
-      The store, what was lent, and raw tokens as of `look_up`.
+      The store; the batch and the notes with the answer; and raw tokens as of `look_up`.
     """
     # Only what changes is donated: each array that is handed back takes time.
     changing, rest = (store.nodes, store.counters, *lent), (store.roots, store.epoch, store.latest)
@@ -318,18 +318,18 @@ def _file_and_look_up(
     keep: int | None,
     verify_keys: bool,
 ) -> tuple[_Changing, jax.Array | None]:
-    (nodes, counters, batch, notes), (roots, epoch, latest) = changing, rest
+    (nodes, counters, found, notes), (roots, epoch, latest) = changing, rest
     store = Store(roots, nodes, epoch, counters, latest, verify_keys)
-    filed_rows, correction, raw = filing
+    batch, filed_rows, correction, raw = filing
     latent, length = notes[..., :-NOTES], notes[FILED, :, LENGTH - NOTES].astype(jnp.int32)
     env_id = jnp.stack([filed_rows[ENV], rows[ENV]])
     filed, asked = jax.vmap(stores.latent_keys, in_axes=(None, 0, 0))(store, latent, env_id)
     store = _file(
         store, batch, filed, filed_rows, length, correction, raw, is_root=False, keep=keep
     )
-    counters, batch, info, raw = _look_up(store, asked, rows, roots_only=False, batch=batch)
+    counters, found, info, raw = _look_up(store, asked, rows, roots_only=False, batch=found)
     notes = notes.at[ASKED, :, -NOTES:].set(info.T.astype(notes.dtype))
-    return (store.nodes, counters, batch, notes), raw
+    return (store.nodes, counters, found, notes), raw
 
 
 @functools.partial(jax.jit, donate_argnames=("store",))
