@@ -377,4 +377,4 @@ def _raw_tokens(tokens: Sequence[Any], kept: int, capacity: int) -> Array:
 def _lend(memory: Any) -> Any:
     """A batch's memory as an argument of a jitted call that its caller waits for."""
     # A numpy view is dispatched faster than an imported array, and copied no more.
-    return memory.numpy() if memory.device.type == "cpu" else dlpack.import_shared(memory)
+    return memory.numpy() if memory.is_cpu else dlpack.import_shared(memory)

@@ -28,39 +28,43 @@ class Exchange:
         rows = batch_shape[2]
         batch = jnp.zeros(batch_shape, jnp.float32)
         notes = jnp.zeros((2, rows, embed_dim + layout.NOTES), jnp.float32)
-        self.arrays: tuple[jax.Array, jax.Array] = jax.device_put((batch, notes))
         self.rows, self._embed_dim = rows, embed_dim
-        jax.block_until_ready(self.arrays)
+        self._places: tuple[int, ...] = ()
+        self._hold(jax.device_put((batch, notes)))
+
+    def _hold(self, arrays: tuple[jax.Array, jax.Array]) -> None:
+        """Waits for arrays and looks at their memory; it is the old one if they were donated."""
+        self.arrays = arrays
+        places = tuple(x.block_until_ready().unsafe_buffer_pointer() for x in arrays)
+        if places != self._places:
+            import torch
+
+            batch, notes = map(memory_of, arrays)
+            self._places, self._batch = places, torch.from_numpy(batch)
+            self._filed, self._asked = notes
 
     def note_filed(self, latent: Array, lengths: Sequence[int]) -> None:
         """Says under which latents [B, E] a batch is to be filed, and how long its rows are."""
-        filed = self._notes(layout.FILED, len(latent))
-        filed[:, : self._embed_dim] = latent
-        filed[:, self._embed_dim + layout.LENGTH] = lengths
+        self._filed[: len(latent), : self._embed_dim] = latent
+        self._filed[: len(latent), self._embed_dim + layout.LENGTH] = lengths
 
     def note_asked(self, latent: Array) -> None:
         """Says which latents [B, E] are looked up next."""
-        self._notes(layout.ASKED, len(latent))[:, : self._embed_dim] = latent
+        self._asked[: len(latent), : self._embed_dim] = latent
 
     def filed(self) -> tuple[Array, Array]:
         """Copies of what `note_filed` was told: latents [B', E] and lengths [B'] int32."""
-        filed = self._notes(layout.FILED, self.rows)
-        lengths = filed[:, self._embed_dim + layout.LENGTH]
-        return filed[:, : self._embed_dim].copy(), lengths.astype(np.int32)
+        lengths = self._filed[:, self._embed_dim + layout.LENGTH]
+        return self._filed[:, : self._embed_dim].copy(), lengths.astype(np.int32)
 
-    def take(self, arrays: tuple[jax.Array, jax.Array], rows: int) -> tuple[Any, list[int], Any]:
+    def take(
+        self, arrays: tuple[jax.Array, jax.Array], rows: int
+    ) -> tuple[Any, list[int], list[int]]:
         """Takes what a call that was given `arrays` made of them.
 
         Returns:
           The batch as a tensor of its own; how long its first rows are and where they were found.
         """
-        import torch
-
-        self.arrays = jax.block_until_ready(arrays)
-        memory = torch.from_numpy(memory_of(self.arrays[0])).clone()
-        found = self._notes(layout.ASKED, rows)[:, self._embed_dim :]
-        lengths, sources = found.T.astype(int).tolist()
-        return memory, lengths, sources
-
-    def _notes(self, part: int, rows: int) -> Array:
-        return memory_of(self.arrays[1])[part, :rows]
+        self._hold(arrays)
+        lengths, sources = self._asked[:rows, self._embed_dim :].T.astype(int).tolist()
+        return self._batch.clone(), lengths, sources
