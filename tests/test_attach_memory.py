@@ -1,0 +1,115 @@
+"""Whose memory an attached model's caches are: nobody's but torch's, whatever a caller does."""
+
+import copy
+
+import jax
+import numpy as np
+import pytest
+from test_attach import pair, pytestmark
+from torch_models import Driver, difference
+
+from kvjax import dlpack
+from kvjax.lightzero.attached import state_of
+from kvjax.lightzero.exchange import Exchange
+
+__all__ = ["pytestmark"]
+
+TOLERANCE = 1e-5
+ROWS = 4
+
+
+def drivers():
+    model, twin, handle = pair()
+    ours, theirs = Driver(twin, ROWS), Driver(model, ROWS)
+    assert difference(theirs.step(3), ours.step(3)) < TOLERANCE
+    return ours, theirs, handle
+
+
+def caches(driver):
+    return [layer._k_cache._cache for layer in driver.model.world_model.keys_values_wm]
+
+
+def test_caches_that_a_caller_keeps_stay_as_they_are():
+    """LightZero aligns every simulation's batch in new tensors."""
+    ours, _, _ = drivers()
+    kept = caches(ours)
+    before = [cache.clone() for cache in kept]
+    wm = ours.model.world_model
+    wm.retrieve_or_generate_kvcache(np.zeros((ROWS, 1, 32), np.float32), ROWS, 1, [0] * ROWS)
+    ours.step(3)
+    assert all((cache == old).all() for cache, old in zip(kept, before, strict=True))
+
+
+@pytest.mark.parametrize("look", ["arrays", "borrow", "share", "no jit"])
+def test_others_may_look_at_memory(look):
+    """A report of all arrays, a loan, a queue between processes; and a search without jit."""
+    ours, theirs, _ = drivers()
+    cache = caches(ours)[0]
+    if look == "arrays":
+        kept = [np.asarray(x) for x in jax.live_arrays() if not x.is_deleted()]
+        assert kept
+    elif look == "borrow":
+        with dlpack.borrow(cache) as array:
+            assert array.shape == cache.shape
+    elif look == "share":
+        cache.share_memory_()
+    else:
+        with jax.disable_jit():
+            assert difference(theirs.step(2), ours.step(2)) < TOLERANCE
+    for _ in range(3):
+        assert difference(theirs.step(3), ours.step(3)) < TOLERANCE
+
+
+def test_an_interrupt_leaves_no_half_of_an_exchange(monkeypatch):
+    ours, theirs, handle = drivers()
+    take, exchanges = Exchange.take, state_of(ours.model.world_model).bridge.scope._exchanges
+
+    def interrupted(*args):
+        monkeypatch.setattr(Exchange, "take", take)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Exchange, "take", interrupted)
+    assert exchanges
+    with pytest.raises(KeyboardInterrupt):
+        ours.step(3)
+    assert not exchanges
+    ours, theirs = Driver(ours.model, ROWS, seed=1), Driver(theirs.model, ROWS, seed=1)
+    for _ in range(3):
+        assert difference(theirs.step(3), ours.step(3)) < TOLERANCE
+    assert handle.stats()["misses"] == 0
+
+
+def test_fewer_latents_than_the_batch_has_rows():
+    ours, _, handle = drivers()
+    wm = ours.model.world_model
+    wm.keys_values_wm_size_list_current = wm.keys_values_wm_size_list_current[:2]
+    latent = np.full((2, 1, 32), 0.5, np.float32) * [[[1]], [[2]]]
+    wm.update_cache_context(latent, is_init_infer=False)
+    hits = wm.hit_count
+    wm.retrieve_or_generate_kvcache(latent, 2, 1, [0, 0])
+    assert wm.hit_count - hits == 2
+    assert handle.stats()["misses"] == 0
+
+
+def test_caches_with_gradients_are_filed():
+    torch = pytest.importorskip("torch")
+    ours, _, handle = drivers()
+    wm = ours.model.world_model
+    latent = torch.full((ROWS, 1, 32), 0.5)
+    empty = wm.transformer.generate_empty_keys_values(n=ROWS, max_tokens=wm.context_length)
+    wm.keys_values_wm = empty
+    wm.forward({"obs_embeddings": latent}, past_keys_values=empty, is_init_infer=True, start_pos=0)
+    wm.keys_values_wm_size_list_current = [1] * ROWS
+    assert caches(ours)[0].requires_grad
+    stored = handle.stats()["nodes_stored"]
+    wm.update_cache_context(latent, is_init_infer=False)
+    assert handle.stats()["nodes_stored"] == stored + ROWS
+    ours.step(3)
+
+
+def test_a_copy_made_inside_of_a_scope_starts_outside_of_it():
+    ours, _, handle = drivers()
+    with handle.scope("collect"):
+        twin = copy.deepcopy(ours.model)
+        assert state_of(ours.model.world_model).bridge._active == "collect"
+    assert state_of(twin.world_model).bridge._active is None
