@@ -29,15 +29,46 @@ def caches(driver):
     return [layer._k_cache._cache for layer in driver.model.world_model.keys_values_wm]
 
 
-def test_caches_that_a_caller_keeps_stay_as_they_are():
+def keep_numpy(cache):
+    return cache.numpy()
+
+
+def keep_capsule(cache):
+    from torch.utils import dlpack
+
+    return dlpack.from_dlpack(dlpack.to_dlpack(cache))
+
+
+@pytest.mark.parametrize(
+    "keep",
+    [lambda x: x, lambda x: x.detach(), lambda x: x[:, :1], keep_numpy, keep_capsule],
+    ids=["itself", "detached", "slice", "numpy", "capsule"],
+)
+def test_caches_that_a_caller_keeps_stay_as_they_are(keep):
     """LightZero aligns every simulation's batch in new tensors."""
     ours, _, _ = drivers()
-    kept = caches(ours)
-    before = [cache.clone() for cache in kept]
+    kept = [keep(cache) for cache in caches(ours)]
+    before = [np.array(cache) for cache in kept]
     wm = ours.model.world_model
     wm.retrieve_or_generate_kvcache(np.zeros((ROWS, 1, 32), np.float32), ROWS, 1, [0] * ROWS)
-    ours.step(3)
-    assert all((cache == old).all() for cache, old in zip(kept, before, strict=True))
+    ours.step(5)
+    for cache, old in zip(kept, before, strict=True):
+        np.testing.assert_array_equal(cache, old)
+
+
+def test_memory_that_nobody_keeps_is_used_again():
+    ours, _, _ = drivers()
+    wm = ours.model.world_model
+    buffers = state_of(wm).bridge.scope._exchanges[ROWS]._buffers
+    places = {x.memory.data_ptr() for x in buffers._buffers}
+    for _ in range(3):
+        ours.step(5)
+    assert {x.memory.data_ptr() for x in buffers._buffers} == places
+    assert len(places) == 2
+    held = [x.memory for x in buffers._buffers]
+    ours.step(5)
+    now = {x.memory.data_ptr() for x in buffers._buffers}
+    assert not now & {x.data_ptr() for x in held}
 
 
 @pytest.mark.parametrize("look", ["arrays", "borrow", "share", "no jit"])

@@ -5,6 +5,7 @@ Shapes: B rows, B' = B rounded up to a power of two, E embedding size, P environ
 
 import contextlib
 import copy
+import dataclasses
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -26,6 +27,8 @@ from kvjax.types import Store
 Array = np.ndarray[Any, Any]
 
 DEFAULT_SCOPE = "default"
+
+_replace = dataclasses.replace
 
 
 class Scope:
@@ -118,14 +121,14 @@ class Scope:
             self.store = layout.with_counters(self.store, counters)
             lengths, sources = np.asarray(info)[:, :count].tolist()
             memory = dlpack.hand_over(found)
+            batch = Batch(memory, views_of(memory, count), lengths, sources)
         else:
-            memory, lengths, sources, raw = self._file_and_look_up(*pending, latent, rows)
-        tokens = None if raw is None else _unpad(raw, lengths)
-        return Batch(memory, views_of(memory, count), lengths, sources, tokens)
+            batch, raw = self._file_and_look_up(*pending, latent, rows)
+        return batch if raw is None else _replace(batch, tokens=_unpad(raw, batch.lengths))
 
     def _file_and_look_up(
         self, exchange: Exchange, filing: tuple[Any, ...], latent: Array, rows: jax.Array
-    ) -> tuple[Any, ...]:
+    ) -> tuple[Batch, jax.Array | None]:
         self.pending = None
         del self._exchanges[exchange.rows]  # whoever interrupts this leaves no half of it behind
         exchange.note_asked(latent)
@@ -133,9 +136,9 @@ class Scope:
         self.store, lent, raw = layout.file_and_look_up(
             self.store, exchange.arrays, (_lend(memory), *rest), rows, keep=self._keep
         )
-        found = exchange.take(lent, len(latent))
+        batch = exchange.take(lent, len(latent))
         self._exchanges[exchange.rows] = exchange
-        return *found, raw
+        return batch, raw
 
     def clean(self) -> Store:
         """Files what is pending, forgets what is stale and returns the store."""

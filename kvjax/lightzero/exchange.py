@@ -13,6 +13,8 @@ import numpy as np
 
 from kvjax.dlpack import memory_of
 from kvjax.lightzero import layout
+from kvjax.lightzero.caches import Batch
+from kvjax.lightzero.recycling import Buffers
 
 Array = np.ndarray[Any, Any]
 
@@ -30,6 +32,7 @@ class Exchange:
         notes = jnp.zeros((2, rows, embed_dim + layout.NOTES), jnp.float32)
         self.rows, self._embed_dim = rows, embed_dim
         self._places: tuple[int, ...] = ()
+        self._buffers = Buffers(batch_shape)
         self._hold(jax.device_put((batch, notes)))
 
     def _hold(self, arrays: tuple[jax.Array, jax.Array]) -> None:
@@ -57,14 +60,10 @@ class Exchange:
         lengths = self._filed[:, self._embed_dim + layout.LENGTH]
         return self._filed[:, : self._embed_dim].copy(), lengths.astype(np.int32)
 
-    def take(
-        self, arrays: tuple[jax.Array, jax.Array], rows: int
-    ) -> tuple[Any, list[int], list[int]]:
-        """Takes what a call that was given `arrays` made of them.
-
-        Returns:
-          The batch as a tensor of its own; how long its first rows are and where they were found.
-        """
+    def take(self, arrays: tuple[jax.Array, jax.Array], rows: int) -> Batch:
+        """Takes what a call that was given `arrays` made of them: copies out its first rows."""
         self._hold(arrays)
         lengths, sources = self._asked[:rows, self._embed_dim :].T.astype(int).tolist()
-        return self._batch.clone(), lengths, sources
+        buffer = self._buffers.get(rows)
+        buffer.memory.copy_(self._batch)
+        return Batch(buffer.memory, buffer.views, lengths, sources)
