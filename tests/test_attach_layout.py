@@ -137,22 +137,22 @@ def test_filing_moves_the_store_and_copies_no_table():
 def test_filing_and_looking_up_in_one_call_is_one_after_the_other():
     rng = np.random.default_rng(0)
     zero = np.zeros((K, L, 2, H, D), np.float32)
-    known, fresh = (rng.normal(size=(3, 16)).astype(np.float32) for _ in range(2))
-    asked = np.concatenate([fresh[:2], known[2:]])
+    known, fresh = (rng.normal(size=(4, 16)).astype(np.float32) for _ in range(2))
+    asked = np.concatenate([fresh[:2], known[3:] + 1, known[3:]])
     stores_, outputs = [], []
     for together in (False, True):
         rng = np.random.default_rng(1)
         store = stores.init_store(SMALL, ENVS, 4, root_slots=2)
         filings = []
-        for latent, lengths in ((known, (5, 1, 7)), (fresh, (7, 3, 3))):
+        for latent, lengths in ((known, (5, 1, 1, 7)), (fresh, (7, 3, 3, 1))):
             filing = latent, describe(lengths), np.int32(lengths), zero
             filings.append((random_batch(rng, lengths)[1], filing))
         (roots, filing), (batch, later) = filings
         store = layout.file(store, roots, *filing, is_root=True)
-        rows = describe((0, 0, 0))
+        rows = describe((0, 0, 0, 0))
         if together:
             latent, of_rows, length, correction = later
-            notes = np.zeros((2, 3, 16 + layout.NOTES), np.float32)
+            notes = np.zeros((2, 4, 16 + layout.NOTES), np.float32)
             notes[:, :, :16] = latent, asked
             notes[layout.FILED, :, 16 + layout.LENGTH] = length
             lent = jnp.full_like(batch, np.nan), jnp.asarray(notes)
@@ -167,7 +167,7 @@ def test_filing_and_looking_up_in_one_call_is_one_after_the_other():
         stores_.append(store)
         out[0] = out[0][..., :5, :]  # behind the longest row is what was there before
         outputs.append(out)
-    assert np.asarray(outputs[1][1]).tolist() == [[5, 3, 5], [2, 2, 1]]
+    assert np.asarray(outputs[1][1]).tolist() == [[5, 3, 1, 5], [2, 2, 0, 1]]
     chex.assert_trees_all_equal(*outputs)
     chex.assert_trees_all_equal(*stores_)
 
