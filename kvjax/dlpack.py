@@ -4,7 +4,7 @@
   into what it got, jax may donate what it got.
 * `borrow` lends a tensor's memory to jax for the length of a `with` block and takes it back.
 * `hand_over` moves a fresh array to torch without a copy; the array is gone afterwards.
-* `memory_of` lets numpy write into an array that nobody else holds.
+* `writable_view` lets numpy write into an array that nobody else holds.
 
 DLPack alone promises none of this: an exported array is a writable alias of immutable memory, an
 import with `copy=True` may still alias, and work that was dispatched on borrowed memory may read it
@@ -98,7 +98,7 @@ def hand_over(array: jax.Array) -> Any:
     return tensor
 
 
-def memory_of(array: jax.Array) -> np.ndarray[Any, Any]:
+def writable_view(array: jax.Array) -> np.ndarray[Any, Any]:
     """A writable numpy view of an array's memory, which does not keep the array from being donated.
 
     For whoever holds the array alone, on a CPU, and to be used at once: after the array was donated

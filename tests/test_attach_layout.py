@@ -138,7 +138,7 @@ def test_filing_and_looking_up_in_one_call_is_one_after_the_other():
     rng = np.random.default_rng(0)
     zero = np.zeros((K, L, 2, H, D), np.float32)
     known, fresh = (rng.normal(size=(4, 16)).astype(np.float32) for _ in range(2))
-    asked = np.concatenate([fresh[:2], known[3:] + 1, known[3:]])
+    asked = np.concatenate([fresh[[1, 0]], known[3:] + 1, known[3:]])
     stores_, outputs = [], []
     for together in (False, True):
         rng = np.random.default_rng(1)
@@ -148,6 +148,7 @@ def test_filing_and_looking_up_in_one_call_is_one_after_the_other():
             filing = latent, describe(lengths), np.int32(lengths), zero
             filings.append((random_batch(rng, lengths)[1], filing))
         (roots, filing), (batch, later) = filings
+        later[1][layout.ENV] = [1, 0, 2, 3]  # not the rows' environments of the look-up
         store = layout.file(store, roots, *filing, is_root=True)
         rows = describe((0, 0, 0, 0))
         if together:
@@ -167,7 +168,7 @@ def test_filing_and_looking_up_in_one_call_is_one_after_the_other():
         stores_.append(store)
         out[0] = out[0][..., :5, :]  # behind the longest row is what was there before
         outputs.append(out)
-    assert np.asarray(outputs[1][1]).tolist() == [[5, 3, 1, 5], [2, 2, 0, 1]]
+    assert np.asarray(outputs[1][1]).tolist() == [[3, 5, 1, 5], [2, 2, 0, 1]]
     chex.assert_trees_all_equal(*outputs)
     chex.assert_trees_all_equal(*stores_)
 

@@ -190,16 +190,16 @@ def test_memory_is_written_to_and_still_donated():
     array = jax.jit(lambda: jnp.arange(1000.0))()
     place = array.unsafe_buffer_pointer()
     for expected in ([2, 4, 6], [6, 10, 14]):
-        view = dlpack.memory_of(array)
+        view = dlpack.writable_view(array)
         view += 1
         array = double(array).block_until_ready()
-        assert dlpack.memory_of(array)[:3].tolist() == expected
+        assert dlpack.writable_view(array)[:3].tolist() == expected
     assert array.unsafe_buffer_pointer() == place
 
 
 def test_a_view_of_memory_keeps_its_array():
     array = jnp.arange(1000.0)
-    view, alive = dlpack.memory_of(array)[1:3], weakref.ref(array)
+    view, alive = dlpack.writable_view(array)[1:3], weakref.ref(array)
     del array
     gc.collect()
     assert alive() is not None
@@ -215,7 +215,7 @@ def test_memory_of_a_gpu_is_not_seen():
             return "gpu"
 
     with pytest.raises(ValueError, match="expected an array on a CPU, got one on a gpu"):
-        dlpack.memory_of(OnGpu())
+        dlpack.writable_view(OnGpu())
 
 
 def cuda_tensor():

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvjax.dlpack import memory_of
+from kvjax.dlpack import writable_view
 from kvjax.lightzero import layout
 from kvjax.lightzero.caches import Batch
 from kvjax.lightzero.recycling import Buffers
@@ -42,7 +42,7 @@ class Exchange:
         if places != self._places:
             import torch
 
-            batch, notes = map(memory_of, arrays)
+            batch, notes = map(writable_view, arrays)
             self._places, self._batch = places, torch.from_numpy(batch)
             self._filed, self._asked = notes
 

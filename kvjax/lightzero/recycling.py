@@ -19,8 +19,9 @@ class Buffer:
     def __init__(self, shape: tuple[int, ...], rows: int) -> None:
         import torch
 
-        self.memory = torch.empty(shape)
-        self.views = views_of(self.memory, rows)
+        with torch.inference_mode(False):  # whose tensors could not be used again outside of it
+            self.memory = torch.empty(shape)
+            self.views = views_of(self.memory, rows)
         self._use_count = getattr(torch._C, "_storage_Use_Count", None)
         self._storage = self.memory.untyped_storage()._cdata
         self._alone = self._holders()
