@@ -95,6 +95,15 @@ def test_retrieve_or_generate_kvcache():
     np.testing.assert_allclose(
         wm.keys_values_wm_list[0][1].get()[0], alone[1].get()[0], atol=TOLERANCE
     )
+    # Beside longer rows its token stands at the end, where all rows end.
+    driver = Driver(twin, 4)
+    driver.step(0)
+    driver.step(0)
+    latent = np.concatenate([unknown, wm.latent_state.numpy()[1:]])
+    assert wm.retrieve_or_generate_kvcache(latent, 4, 0, np.zeros(4, int)) == [1, 3, 3, 3]
+    np.testing.assert_allclose(
+        wm.keys_values_wm_list[0][1].get()[0], alone[1].get()[0], atol=TOLERANCE
+    )
 
 
 def test_update_cache_context_stores_what_the_module_holds():

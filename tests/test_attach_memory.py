@@ -110,6 +110,27 @@ def test_an_interrupt_leaves_no_half_of_an_exchange(monkeypatch):
     assert handle.stats()["misses"] == 0
 
 
+def test_a_copy_has_an_exchange_of_its_own():
+    """What waits in one of two copies is not what waits in the other."""
+    ours, theirs, _ = drivers()
+    copies = [[copy.deepcopy(d.model) for _ in range(2)] for d in (ours, theirs)]
+    outputs = []
+    for models in copies:
+        searches = [Driver(model, ROWS, seed=seed) for seed, model in enumerate(models)]
+        nodes = []
+        for search in searches:
+            search.step(0)
+            nodes.append([search.model.world_model.latent_state.numpy()])
+        outputs.append(
+            [
+                np.array(search.simulate(grown, index, np.zeros(ROWS, int)).latent_state)
+                for index in range(4)
+                for search, grown in zip(searches, nodes, strict=True)
+            ]
+        )
+    assert difference(*outputs) < TOLERANCE
+
+
 def test_fewer_latents_than_the_batch_has_rows():
     ours, _, handle = drivers()
     wm = ours.model.world_model
