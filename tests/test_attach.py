@@ -263,6 +263,23 @@ def test_what_waits_to_be_filed_is_found_unless_it_was_forgotten():
         assert wm.hit_count - hits == (4 if forget is None else 0)
 
 
+def test_what_is_filed_at_once_is_what_would_have_waited():
+    _, one, handle = pair()
+    other = pair()[1]
+    often, seldom = Driver(one, 4), Driver(other, 4)
+    for _ in range(2):
+        often.step(0)
+        seldom.step(0)
+    nodes = [[m.world_model.latent_state.numpy()] for m in (one, other)]
+    for index in range(4):
+        outputs = [
+            np.array(driver.simulate(grown, index, np.zeros(4, int)).latent_state)
+            for driver, grown in zip((often, seldom), nodes, strict=True)
+        ]
+        handle.stats()  # files what waits
+        assert difference(outputs[:1], outputs[1:]) < TOLERANCE
+
+
 def test_a_latent_that_is_overwritten_is_filed_as_it_was(monkeypatch):
     _, twin, _ = pair()
     wm, given = twin.world_model, []
