@@ -255,7 +255,6 @@ def test_what_waits_to_be_filed_is_found_unless_it_was_forgotten():
     for forget in (None, handle.on_params_update, wm.past_kv_cache_recurrent_infer.clear):
         driver.step(2)
         latent, _ = state_of(wm).bridge.scope.pending[0].filed()
-        latent = latent.copy()
         if forget is not None:
             forget()
         hits = wm.hit_count
