@@ -65,7 +65,7 @@ class Recorder:
 
             def __exit__(self, kind: Any, value: Any, trace: Any) -> Any:
                 caught = self._inner.__exit__(kind, value, trace)
-                if caught and kind is not SystemExit:
+                if caught and issubclass(kind, Exception):  # neither exits nor interrupts
                     recorder.note(kind.__name__, str(value))
                 return caught
 
@@ -74,8 +74,8 @@ class Recorder:
 
 def tidy(message: str) -> str:
     """One line that fits into a table and names no folder of this machine."""
-    message = re.sub(r"\S*" + re.escape(tempfile.gettempdir()) + r"/\S*/", "", message)
     message = message.replace(f"{ROOT}/", "")
+    message = re.sub(r"\S*" + re.escape(tempfile.gettempdir()) + r"/\S*/", "", message)
     message = " ".join(message.split()).replace("|", "\\|").replace("<", "&lt;")
     return message if len(message) <= MAX_MESSAGE else f"{message[:MAX_MESSAGE]} ..."
 
