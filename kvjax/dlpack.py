@@ -4,7 +4,7 @@
   into what it got, jax may donate what it got.
 * `borrow` lends a tensor's memory to jax for the length of a `with` block and takes it back.
 * `hand_over` moves a fresh array to torch without a copy; the array is gone afterwards.
-* `writable_view` lets numpy write into an array that nobody else holds.
+* `share` lets torch, and `writable_view` numpy, write into an array that nobody else holds.
 
 DLPack alone promises none of this: an exported array is a writable alias of immutable memory, an
 import with `copy=True` may still alias, and work that was dispatched on borrowed memory may read it
@@ -75,10 +75,11 @@ def borrow(tensor: Any) -> Iterator[jax.Array]:
     """
     array = _import(tensor)
     place = array.unsafe_buffer_pointer() if array.size else None
+    owners = [x for x in _arrays_at(place) if x is not array]
     try:
         yield array
     finally:
-        _take_back(place)
+        _take_back(place, owners)
 
 
 def hand_over(array: jax.Array) -> Any:
@@ -90,12 +91,21 @@ def hand_over(array: jax.Array) -> Any:
     Returns:
       A tensor that may be written to, since nobody can read the array any more.
     """
+    tensor = share(array)
+    array.delete()
+    return tensor
+
+
+def share(array: jax.Array) -> Any:
+    """A tensor of an array's own memory, for whoever holds the array alone.
+
+    Torch may write to it whenever no computation reads the array. While a tensor or a view holds
+    the memory, donating the array copies it: XLA sees who holds it, so nothing changes under them.
+    """
     from torch.utils import dlpack
 
     # The capsule itself: torch.from_dlpack asks for devices and versions, which takes a third more.
-    tensor = dlpack.from_dlpack(array.block_until_ready().__dlpack__())
-    array.delete()
-    return tensor
+    return dlpack.from_dlpack(array.block_until_ready().__dlpack__())
 
 
 def writable_view(array: jax.Array) -> np.ndarray[Any, Any]:
@@ -223,12 +233,23 @@ def _require_surviving_integers(values: Any) -> None:
         )
 
 
-def _take_back(place: int | None) -> None:
-    """Waits for everything that anybody can still look at and deletes all views of the memory."""
+def _take_back(place: int | None, owners: list[jax.Array]) -> None:
+    """Waits for everything that anybody can still look at and deletes all views of the memory.
+
+    `owners` are left: memory that torch has from jax is theirs, and XLA aborts if one that was
+    exported is deleted.
+    """
     arrays: list[jax.Array] = jax.live_arrays()  # type: ignore[no-untyped-call]
     for array in arrays:
-        if array.is_deleted():
-            continue
-        array.block_until_ready()
-        if len(array.devices()) == 1 and array.size and array.unsafe_buffer_pointer() == place:
+        if not array.is_deleted():
+            array.block_until_ready()
+    for array in _arrays_at(place):
+        if not any(array is owner for owner in owners):
             array.delete()
+
+
+def _arrays_at(place: int | None) -> list[jax.Array]:
+    """All live arrays whose memory begins at a place."""
+    arrays: list[jax.Array] = jax.live_arrays()  # type: ignore[no-untyped-call]
+    live = (x for x in arrays if not x.is_deleted() and len(x.devices()) == 1 and x.size)
+    return [x for x in live if x.unsafe_buffer_pointer() == place]

@@ -59,16 +59,23 @@ def test_caches_that_a_caller_keeps_stay_as_they_are(keep):
 def test_memory_that_nobody_keeps_is_used_again():
     ours, _, _ = drivers()
     wm = ours.model.world_model
-    buffers = state_of(wm).bridge.scope._exchanges[ROWS]._buffers
-    places = {x.memory.data_ptr() for x in buffers._buffers}
+    exchange = state_of(wm).bridge.scope._exchanges[ROWS]
+
+    def places():
+        return {x.unsafe_buffer_pointer() for x in (exchange._newest, exchange._other)}
+
+    before = places()
     for _ in range(3):
         ours.step(5)
-    assert {x.memory.data_ptr() for x in buffers._buffers} == places
-    assert len(places) == 2
-    held = [x.memory for x in buffers._buffers]
+    assert places() == before
+    assert len(before) == 2
+    assert caches(ours)[0].data_ptr() in before
+    kept = wm.keys_values_wm, wm.keys_values_wm_list
+    held = caches(ours)[0].data_ptr()
+    wm.keys_values_wm = copy.deepcopy(wm.keys_values_wm)
     ours.step(5)
-    now = {x.memory.data_ptr() for x in buffers._buffers}
-    assert not now & {x.data_ptr() for x in held}
+    assert kept
+    assert held not in places()
 
 
 @pytest.mark.parametrize("look", ["arrays", "borrow", "share", "no jit"])

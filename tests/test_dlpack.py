@@ -138,7 +138,7 @@ def test_a_borrow_ends_when_its_results_are_complete():
 
 
 def test_without_synchronisation_the_next_write_would_win(monkeypatch):
-    monkeypatch.setattr(dlpack, "_take_back", lambda array: None)
+    monkeypatch.setattr(dlpack, "_take_back", lambda place, owners: None)
     tensor = aligned(500, 500)
     SLOW(jnp.zeros((500, 500))).block_until_ready()
     with dlpack.borrow(tensor) as array:
@@ -163,6 +163,22 @@ def test_a_borrow_ends_on_errors_too():
     with pytest.raises(KeyError), dlpack.borrow(tensor) as array:
         raise KeyError
     assert array.is_deleted()
+
+
+@pytest.mark.parametrize("is_kept", [True, False])
+def test_borrowing_what_jax_owns_leaves_it_alone(is_kept):
+    """An exported array that is deleted ends the process when torch is done with its memory."""
+    array = jax.jit(lambda: jnp.arange(100.0))()
+    tensor = torch.from_dlpack(array)
+    kept = array if is_kept else None
+    del array
+    with dlpack.borrow(tensor) as lent:
+        assert lent.unsafe_buffer_pointer() == tensor.data_ptr()
+        total = lent.sum()
+    assert lent.is_deleted()
+    assert kept is None or float(kept.sum()) == float(total)
+    del tensor
+    gc.collect()
 
 
 def test_donating_a_borrowed_array_leaves_the_tensor_alone():
@@ -207,6 +223,24 @@ def test_a_view_of_memory_keeps_its_array():
     del view
     gc.collect()
     assert alive() is None
+
+
+def test_memory_is_shared_with_torch_and_donated_when_torch_is_done():
+    array = jax.jit(lambda: jnp.arange(1000.0))()
+    place = array.unsafe_buffer_pointer()
+    tensor = dlpack.share(array)
+    assert tensor.data_ptr() == place
+    tensor += 1
+    kept = tensor[:3]
+    del tensor
+    moved = double(array)
+    assert moved.unsafe_buffer_pointer() != place
+    assert kept.tolist() == [1, 2, 3]
+    assert moved[:3].tolist() == [2, 4, 6]
+    del kept
+    again = double(array)
+    assert again.unsafe_buffer_pointer() == place
+    assert again[:3].tolist() == [2, 4, 6]
 
 
 def test_memory_of_a_gpu_is_not_seen():

@@ -32,7 +32,6 @@ LAYERS = (
     ("lightzero.record", "lightzero.layout", "lightzero.module", "lightzero.routes"),
     ("lightzero.padding",),
     ("lightzero.caches",),
-    ("lightzero.recycling",),
     ("lightzero.exchange",),
     ("lightzero.bridge", "lightzero.shadow"),
     ("lightzero.exact",),

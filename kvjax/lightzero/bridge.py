@@ -20,7 +20,7 @@ from kvjax.compilation import on_cpu
 from kvjax.config import require
 from kvjax.lightzero import layout, module
 from kvjax.lightzero.caches import Batch, views_of
-from kvjax.lightzero.exchange import Exchange
+from kvjax.lightzero.exchange import Exchange, as_argument
 from kvjax.statistics import Statistics
 from kvjax.types import Store
 
@@ -86,7 +86,7 @@ class Scope:
         """Files windows and waits until that is done; see `layout.file`."""
         self.store = layout.file(
             self.store,
-            _lend(memory),
+            as_argument(memory),
             latent,
             rows,
             length,
@@ -134,7 +134,7 @@ class Scope:
         exchange.note_asked(latent)
         memory, *rest = filing
         self.store, lent, raw = layout.file_and_look_up(
-            self.store, exchange.arrays, (_lend(memory), *rest), rows, keep=self._keep
+            self.store, exchange.lend(), (exchange.source(memory), *rest), rows, keep=self._keep
         )
         batch = exchange.take(lent, len(latent))
         self._exchanges[exchange.rows] = exchange
@@ -375,9 +375,3 @@ def _raw_tokens(tokens: Sequence[Any], kept: int, capacity: int) -> Array:
         last = sequence[-kept:].detach().cpu().numpy()
         row[: len(last)] = last
     return raw
-
-
-def _lend(memory: Any) -> Any:
-    """A batch's memory as an argument of a jitted call that its caller waits for."""
-    # A numpy view is dispatched faster than an imported array, and copied no more.
-    return memory.numpy() if memory.is_cpu else dlpack.import_shared(memory)
