@@ -12,6 +12,7 @@ after the next write. Torch is imported on first use.
 """
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -102,10 +103,15 @@ def share(array: jax.Array) -> Any:
     Torch may write to it whenever no computation reads the array. While a tensor or a view holds
     the memory, donating the array copies it: XLA sees who holds it, so nothing changes under them.
     """
+    # The capsule itself: torch.from_dlpack asks for devices and versions, which takes a third more.
+    return _torch_dlpack().from_dlpack(array.block_until_ready().__dlpack__())
+
+
+@functools.cache
+def _torch_dlpack() -> Any:
     from torch.utils import dlpack
 
-    # The capsule itself: torch.from_dlpack asks for devices and versions, which takes a third more.
-    return dlpack.from_dlpack(array.block_until_ready().__dlpack__())
+    return dlpack
 
 
 def writable_view(array: jax.Array) -> np.ndarray[Any, Any]:

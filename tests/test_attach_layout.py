@@ -153,14 +153,14 @@ def test_filing_and_looking_up_in_one_call_is_one_after_the_other():
         rows = describe((0, 0, 0, 0))
         if together:
             latent, of_rows, length, correction = later
-            notes = np.zeros((2, 4, 16 + layout.NOTES), np.float32)
+            notes = np.zeros((2, 4, 16 + 1), np.float32)
             notes[:, :, :16] = latent, asked
-            notes[layout.FILED, :, 16 + layout.LENGTH] = length
-            lent = jnp.full_like(batch, np.nan), jnp.asarray(notes)
-            store, (found, notes), raw = layout.file_and_look_up(
-                store, lent, (batch, of_rows, correction, None), rows
+            notes[layout.FILED, :, 16] = length
+            lent = jnp.full_like(batch, np.nan), jnp.full((2, 4), 99, jnp.int32)
+            store, (found, known), raw = layout.file_and_look_up(
+                store, lent, (batch, of_rows, correction, None), jnp.asarray(notes), rows
             )
-            out = [found, notes[layout.ASKED, :, 16:].T.astype(int), raw]
+            out = [found, known, raw]
         else:
             store = layout.file(store, batch, *later, is_root=False)
             counters, *out = layout.look_up(store, asked, rows, roots_only=False)

@@ -128,8 +128,9 @@ class AttachedMethods(_WorldModel):  # type: ignore[misc]
             with state.original_code():
                 state.shadow.retrieve(self, original, batch, env_ids)
         else:
-            self.total_query_count += ready_env_num
-            self.hit_count += batch.hits
+            counts = vars(self)  # past the module's own setter, as no parameter is set
+            counts["total_query_count"] = self.total_query_count + ready_env_num
+            counts["hit_count"] = self.hit_count + batch.hits
         root_step.hold(self, batch)
         return self.keys_values_wm_size_list
 
@@ -147,7 +148,7 @@ class AttachedMethods(_WorldModel):  # type: ignore[misc]
             with state.original_code():
                 state.shadow.trim(self, original, batch)
         caches.install(self.keys_values_wm, batch, batch.size)
-        if not counted and hasattr(self, "kv_padding_total_batches"):
+        if not counted and "kv_padding_total_batches" in vars(self):
             _count_padding(self, batch)
         return self.keys_values_wm_size_list
 
@@ -179,7 +180,7 @@ class AttachedMethods(_WorldModel):  # type: ignore[misc]
             lengths = valid_context_lengths
             if lengths is None or not (bridge.mask_padding or bridge.description.masks_padding):
                 lengths = [keys_values.size] * count
-        memory = caches.memory_of(keys_values, bridge.batch, bridge.capacity(count))
+        memory = bridge.memory_of(keys_values, count)
         tokens = None
         if bridge.description.exact:
             exact.renew_full_rows(self, memory, latent_state, lengths)

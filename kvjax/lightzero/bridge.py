@@ -19,7 +19,7 @@ from kvjax import store as stores
 from kvjax.compilation import on_cpu
 from kvjax.config import require
 from kvjax.lightzero import layout, module
-from kvjax.lightzero.caches import Batch, views_of
+from kvjax.lightzero.caches import Batch, holds, stacked, views_of
 from kvjax.lightzero.exchange import Exchange, as_argument
 from kvjax.statistics import Statistics
 from kvjax.types import Store
@@ -133,8 +133,9 @@ class Scope:
         del self._exchanges[exchange.rows]  # whoever interrupts this leaves no half of it behind
         exchange.note_asked(latent)
         memory, *rest = filing
+        filing = exchange.source(memory), *rest
         self.store, lent, raw = layout.file_and_look_up(
-            self.store, exchange.lend(), (exchange.source(memory), *rest), rows, keep=self._keep
+            self.store, exchange.lend(), filing, exchange.notes, rows, keep=self._keep
         )
         batch = exchange.take(lent, len(latent))
         self._exchanges[exchange.rows] = exchange
@@ -309,6 +310,17 @@ class Bridge:
         for scope in self._scopes.values():
             scope.settle()
 
+    def memory_of(self, keys_values: Any, rows: int) -> Any:
+        """The memory [L, 2, B', H, C, D] behind a `KeysValues`: `batch`'s own if it holds that.
+
+        Raises:
+          ValueError: the caches are not float32, or there are more rows than environments.
+        """
+        batch = self.batch
+        if batch is not None and holds(keys_values, batch):
+            return batch.memory
+        return stacked(keys_values, self.capacity(rows))
+
     def capacity(self, rows: int) -> int:
         """B' of a batch: few different sizes, so that little is compiled.
 
@@ -351,7 +363,7 @@ class Bridge:
 
 def _on_host(latent: Any) -> Array:
     """Rows [B, 1, E] of a tensor or an array as [B, E]; the memory may be torch's."""
-    array = latent if isinstance(latent, np.ndarray) else latent.detach().cpu().numpy()
+    array = latent if isinstance(latent, np.ndarray) else latent.numpy(force=True)
     return array.reshape(len(array), -1)
 
 

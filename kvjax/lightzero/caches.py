@@ -29,7 +29,7 @@ class Batch:
     @property
     def hits(self) -> int:
         """Rows that were found."""
-        return sum(source > 0 for source in self.sources)
+        return len(self.sources) - self.sources.count(0)
 
 
 def views_of(memory: Any, rows: int) -> tuple[Any, ...]:
@@ -64,14 +64,12 @@ def holds(keys_values: Any, batch: Batch) -> bool:
     return all(a is b or (a.data_ptr() == b.data_ptr() and a.shape == b.shape) for a, b in pairs)
 
 
-def memory_of(keys_values: Any, batch: Batch | None, capacity: int) -> Any:
-    """The memory [L, 2, capacity, H, C, D] behind a `KeysValues`: shared if it holds `batch`.
+def stacked(keys_values: Any, capacity: int) -> Any:
+    """Memory [L, 2, capacity, H, C, D] with a copy of what a `KeysValues` holds.
 
     Raises:
       ValueError: the caches are not float32.
     """
-    if batch is not None and holds(keys_values, batch):
-        return batch.memory
     import torch
 
     held = tensors(keys_values)
@@ -80,9 +78,9 @@ def memory_of(keys_values: Any, batch: Batch | None, capacity: int) -> Any:
         held[0].dtype is torch.float32,
         f"expected float32 caches, got {held[0].dtype}: attach supports no half precision",
     )
-    stacked = torch.stack(held).detach().unflatten(0, (len(held) // 2, 2))
-    missing = capacity - stacked.shape[2]
-    return torch.nn.functional.pad(stacked, (0, 0, 0, 0, 0, 0, 0, missing)).contiguous()
+    memory = torch.stack(held).detach().unflatten(0, (len(held) // 2, 2))
+    missing = capacity - memory.shape[2]
+    return torch.nn.functional.pad(memory, (0, 0, 0, 0, 0, 0, 0, missing)).contiguous()
 
 
 class Rows(MutableSequence[Any]):

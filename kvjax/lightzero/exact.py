@@ -66,7 +66,7 @@ def _recall(wm: Any, bridge: Bridge, latent: Any, env_id: int) -> bool:
     # As if the window were full: attention is causal, so tokens behind the last one change nothing.
     wm.keys_values_wm_token_context_list = [tokens]
     renewed = wm._prepare_exact_cache_resets(latent, [full]).cache
-    memory = caches.memory_of(renewed, None, bridge.capacity(1))
+    memory = caches.stacked(renewed, bridge.capacity(1))
     bridge.file(memory, [length], latent, [env_id], [tokens[:length]], is_root=True)
     scope.store = layout.count_rebuilt(scope.store)
     return True

@@ -23,40 +23,41 @@ class Exchange:
 
     Torch has the newest batch, to write its new tokens into; the other one is the memory of the next
     one. Jax takes memory back only if no tensor holds it any more, and leaves it otherwise. Of the
-    notes nobody else knows: numpy writes them in place.
+    notes, and of what is known of a batch, nobody else knows: numpy sees them in place.
     """
 
     def __init__(self, batch_shape: tuple[int, ...], embed_dim: int) -> None:
-        self.rows, self._embed_dim = batch_shape[2], embed_dim
+        self.rows = batch_shape[2]
         self._newest, self._other = (_zeros(batch_shape) for _ in range(2))
-        self._newest_place = self._notes_place = 0
-        self._hold(_zeros((2, self.rows, embed_dim + layout.NOTES)))
+        self._newest_place = self._known_place = 0
+        self.notes = _zeros((2, self.rows, embed_dim + 1)).block_until_ready()
+        filed, asked = dlpack.writable_view(self.notes)
+        self._filed, self._lengths, self._asked = filed[:, :-1], filed[:, -1], asked[:, :-1]
+        self._hold(_zeros((2, self.rows), jnp.int32).block_until_ready())
 
-    def _hold(self, notes: jax.Array) -> None:
-        """Looks at the memory of computed notes; it is the old one if that was donated."""
-        self._notes, place = notes, notes.unsafe_buffer_pointer()
-        if place != self._notes_place:
-            self._notes_place = place
-            self._filed, self._asked = dlpack.writable_view(notes)
+    def _hold(self, known: jax.Array) -> None:
+        """Looks at the memory of what is known; it is the old one if that was donated."""
+        self._known, place = known, known.unsafe_buffer_pointer()
+        if place != self._known_place:
+            self._known_place, self._seen = place, dlpack.writable_view(known)
 
     def note_filed(self, latent: Array, lengths: Sequence[int]) -> None:
         """Says under which latents [B, E] a batch is to be filed, and how long its rows are."""
-        self._filed[: len(latent), : self._embed_dim] = latent
-        self._filed[: len(latent), self._embed_dim + layout.LENGTH] = lengths
+        self._filed[: len(latent)] = latent
+        self._lengths[: len(latent)] = lengths
 
     def note_asked(self, latent: Array) -> None:
         """Says which latents [B, E] are looked up next."""
-        self._asked[: len(latent), : self._embed_dim] = latent
+        self._asked[: len(latent)] = latent
 
     def filed(self) -> tuple[Array, Array]:
         """Copies of what `note_filed` was told: latents [B', E] and lengths [B'] int32."""
-        lengths = self._filed[:, self._embed_dim + layout.LENGTH]
-        return self._filed[:, : self._embed_dim].copy(), lengths.astype(np.int32)
+        return self._filed.copy(), self._lengths.astype(np.int32)
 
     def lend(self) -> tuple[jax.Array, jax.Array]:
-        """Memory for a batch, and the notes; both are donated."""
+        """Memory for a batch, and for what is known of it; both are donated."""
         other = self._other
-        return _zeros(other.shape) if other.is_deleted() else other, self._notes
+        return _zeros(other.shape) if other.is_deleted() else other, self._known
 
     def source(self, memory: Any) -> Any:
         """As `as_argument`; the newest batch need not be wrapped."""
@@ -66,11 +67,11 @@ class Exchange:
 
     def take(self, lent: tuple[jax.Array, jax.Array], rows: int) -> Batch:
         """Gives torch the batch that a call made of what `lend` gave it, with its first rows."""
-        found, notes = lent
+        found, known = lent
         memory = dlpack.share(found)
         self._other, self._newest, self._newest_place = self._newest, found, memory.data_ptr()
-        self._hold(notes)
-        lengths, sources = self._asked[:rows, self._embed_dim :].T.astype(int).tolist()
+        self._hold(known)
+        lengths, sources = self._seen[:, :rows].tolist()
         return Batch(memory, views_of(memory, rows), lengths, sources)
 
 
@@ -80,5 +81,5 @@ def as_argument(memory: Any) -> Any:
     return memory.numpy() if memory.is_cpu else dlpack.import_shared(memory)
 
 
-def _zeros(shape: tuple[int, ...]) -> jax.Array:
-    return jax.device_put(jnp.zeros(shape, jnp.float32))
+def _zeros(shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    return jax.device_put(jnp.zeros(shape, dtype))

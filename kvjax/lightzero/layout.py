@@ -33,12 +33,13 @@ ENV, VALID = 0, 1
 """Rows of the integers that describe a batch: [2, B] int32."""
 
 FILED, ASKED = 0, 1
-LENGTH, SOURCE, NOTES = 0, 1, 2
-"""Notes about a batch's rows: [2, B, E + 2] float32.
+"""Notes about a batch's rows: [2, B, E + 1] float32, the latents to file and those to look up.
 
-The latents to file and the lengths of their windows; the latents to look up and, as an answer, the
-lengths of what was found and where that was. Behind E stand small integers, which floats hold.
+Behind each latent to file stands the length of its window, a small integer, which a float holds.
 """
+
+LENGTH, SOURCE = 0, 1
+"""What is found: [2, B] int32, the length of each row's window and where it was, see `MISSED`."""
 
 _replace = dataclasses.replace
 _jit = functools.partial(jit_small_operations, nested=False, one_thread=lambda **_: True)
@@ -67,8 +68,8 @@ def look_up(
       roots_only: as at root steps.
 
     Returns:
-      The store's counters, with this look-up counted; `batch`; [2, B] int32: each row's length and
-      where it was found; raw tokens of what was found [B, K, E], None if the store keeps none.
+      The store's counters, with this look-up counted; `batch`; what was found [2, B] int32, see
+      `LENGTH`; its raw tokens [B, K, E], None if the store keeps none.
     """
     keys = stores.latent_keys(store, latent, rows[ENV])
     return _look_up(store, keys, rows, roots_only=roots_only)
@@ -278,6 +279,7 @@ def file_and_look_up(
     store: Store,
     lent: tuple[jax.Array, jax.Array],
     filing: tuple[Any, ...],
+    notes: jax.Array,
     rows: jax.Array,
     *,
     keep: int | None = None,
@@ -287,18 +289,19 @@ def file_and_look_up(
     Args:
       store: moved, use the one that comes back.
       lent: moved like the store: memory for the `batch` that is found, which keeps behind its rows
-        what it held; notes [2, B, E + 2] of what to file and to ask, see `FILED`.
+        what it held; and for what is known of it [2, B] int32, see `LENGTH`.
       filing: what `file` takes as batch, rows, correction and raw tokens; not root windows.
+      notes: [2, B, E + 1], see `FILED`.
       rows: [2, B] int32, of the look-up.
       keep: see `file`.
 
     Returns:
-      The store; the batch and the notes with the answer; and raw tokens as of `look_up`.
+      The store; what was lent, filled; and raw tokens as of `look_up`.
     """
     # Only what changes is donated: each array that is handed back takes time.
     changing, rest = (store.nodes, store.counters, *lent), (store.roots, store.epoch, store.latest)
     (nodes, counters, *lent), raw = _file_and_look_up(
-        changing, rest, filing, rows, keep=keep, verify_keys=store.verify_keys
+        changing, rest, filing, notes, rows, keep=keep, verify_keys=store.verify_keys
     )
     # As `dataclasses.replace`, in a tenth of the time.
     filed = Store(store.roots, nodes, store.epoch, counters, store.latest, store.verify_keys)
@@ -313,23 +316,23 @@ def _file_and_look_up(
     changing: _Changing,
     rest: tuple[Pool, jax.Array, jax.Array | None],
     filing: tuple[Any, ...],
+    notes: jax.Array,
     rows: jax.Array,
     *,
     keep: int | None,
     verify_keys: bool,
 ) -> tuple[_Changing, jax.Array | None]:
-    (nodes, counters, found, notes), (roots, epoch, latest) = changing, rest
+    (nodes, counters, found, known), (roots, epoch, latest) = changing, rest
     store = Store(roots, nodes, epoch, counters, latest, verify_keys)
     batch, filed_rows, correction, raw = filing
-    latent, length = notes[..., :-NOTES], notes[FILED, :, LENGTH - NOTES].astype(jnp.int32)
+    latent, length = notes[..., :-1], notes[FILED, :, -1].astype(jnp.int32)
     env_id = jnp.stack([filed_rows[ENV], rows[ENV]])
     filed, asked = jax.vmap(stores.latent_keys, in_axes=(None, 0, 0))(store, latent, env_id)
     store = _file(
         store, batch, filed, filed_rows, length, correction, raw, is_root=False, keep=keep
     )
     counters, found, info, raw = _look_up(store, asked, rows, roots_only=False, batch=found)
-    notes = notes.at[ASKED, :, -NOTES:].set(info.T.astype(notes.dtype))
-    return (store.nodes, counters, found, notes), raw
+    return (store.nodes, counters, found, known.at[:].set(info)), raw
 
 
 @functools.partial(jax.jit, donate_argnames=("store",))

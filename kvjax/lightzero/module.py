@@ -6,6 +6,7 @@ Shapes: C context_length in tokens, K = C - 3, L layers, H heads, D head size, P
 """
 
 import dataclasses
+import functools
 import inspect
 from typing import Any
 
@@ -46,22 +47,22 @@ class Description:
     takes_env_ids: bool  # main names the environments of its rows
     continuous: bool
 
-    @property
+    @functools.cached_property
     def exact(self) -> bool:
         """Whether the module itself computes what a full window keeps, as main can."""
         return self.config.window_mode in ("reset", "rebuild")
 
-    @property
+    @functools.cached_property
     def kept(self) -> int:
         """Tokens that a full window keeps."""
         return 1 if self.config.window_mode == "reset" else self.config.window.kept_length
 
-    @property
+    @functools.cached_property
     def keeps_tokens(self) -> bool:
         """Whether raw tokens are kept beside keys and values."""
         return self.config.window.raw_size is not None
 
-    @property
+    @functools.cached_property
     def cache_shape(self) -> tuple[int, int, int, int, int]:
         """(L, 2, H, C, D)."""
         window = self.config.window

@@ -174,8 +174,9 @@ def hold(wm: Any, batch: Batch) -> None:
     def make_empty() -> Any:
         return wm.transformer.generate_empty_keys_values(n=1, max_tokens=wm.context_length)
 
-    wm.keys_values_wm_list = Rows(batch, make_empty)
-    wm.keys_values_wm_size_list = list(batch.lengths)
+    state = vars(wm)  # past the module's own setter, as neither is a parameter
+    state["keys_values_wm_list"] = Rows(batch, make_empty)
+    state["keys_values_wm_size_list"] = list(batch.lengths)
     if batch.tokens is not None:
         wm.keys_values_wm_token_context_list = [x.to(batch.memory.device) for x in batch.tokens]
 
@@ -187,11 +188,11 @@ def fill_missed(wm: Any, batch: Batch, latent: Any, start_pos: Any) -> None:
       latent: [B, 1, E] tensor or array.
       start_pos: B timesteps or one number, read by rotary models.
     """
-    missed = [row for row, source in enumerate(batch.sources) if not source]
-    if not missed:
+    if batch.hits == len(batch.sources):
         return
     import torch
 
+    missed = [row for row, source in enumerate(batch.sources) if not source]
     embeddings = torch.as_tensor(np.asarray(latent) if not hasattr(latent, "to") else latent)
     embeddings = embeddings[missed].reshape(len(missed), 1, -1).to(batch.memory.device)
     positions = np.asarray(start_pos).reshape(-1)
