@@ -206,7 +206,7 @@ def test_switching_at_run_time():
 
 
 def test_switching_forgets_what_either_kept():
-    _, twin, _ = pair()
+    _, twin, handle = pair()
     wm = twin.world_model
     driver = Driver(twin, 4)
     for new in (True, False, True):
@@ -216,6 +216,9 @@ def test_switching_forgets_what_either_kept():
         assert wm.root_hit_cnt == hits
         driver.step(1)
         assert wm.root_hit_cnt == hits + 4
+        own = *wm.past_kv_cache_init_infer_envs, wm.past_kv_cache_recurrent_infer
+        assert all(own) != new
+        assert (handle.stats()["roots_stored"] > 0) == new
 
 
 @pytest.mark.parametrize(
@@ -247,6 +250,19 @@ def test_a_weight_update_drops_entries_and_renews_the_correction(update):
     for _ in range(5):
         assert difference(theirs.step(2), ours.step(2)) < TOLERANCE
     assert handle.stats()["root_hits"] == hits + 20
+
+
+def test_weights_may_change_between_a_root_and_its_search():
+    torch = pytest.importorskip("torch")
+    _, twin, _ = pair()
+    wm = twin.world_model
+    latent = Driver(twin, 4).step(0)[2]
+    for found in (4, 0):
+        hits = wm.hit_count
+        wm.retrieve_or_generate_kvcache(latent, 4, 0, np.zeros(4, int))
+        assert wm.hit_count - hits == found
+        with torch.no_grad():
+            wm.pos_emb.weight.add_(0)
 
 
 def test_what_waits_to_be_filed_is_found_unless_it_was_forgotten():
@@ -529,6 +545,8 @@ def test_bad_calls():
         lightzero.attach(make().world_model, shadow="raise")
     with pytest.raises(ValueError, match="5 rows do not fit into 4 environments"):
         wm.retrieve_or_generate_kvcache(np.zeros((5, 1, 32), np.float32), 5)
+    with pytest.raises(ValueError, match="5 rows do not fit into 4 environments"):
+        Driver(twin, 5).step(0)
     Driver(twin, 4).step(0)
     half = torch.zeros(4, 4, 8, 8, dtype=torch.float16)
     for layer in wm.keys_values_wm:

@@ -88,8 +88,7 @@ class AttachedMethods(_WorldModel):  # type: ignore[misc]
     ) -> Any:
         """A root step; targets of training are left to LightZero."""
         state, original = state_of(self), super().wm_forward_for_initial_infererence
-        targets = current_obs_embeddings is None or len(last_obs_embeddings) > self.env_num
-        if targets or not self._kvjax_serves():
+        if current_obs_embeddings is None or not self._kvjax_serves():
             with state.original_code():
                 return original(
                     last_obs_embeddings,
@@ -128,7 +127,7 @@ class AttachedMethods(_WorldModel):  # type: ignore[misc]
             with state.original_code():
                 state.shadow.retrieve(self, original, batch, env_ids)
         else:
-            counts = vars(self)  # past the module's own setter, as no parameter is set
+            counts = self.__dict__  # past the module's own setter, as no parameter is set
             counts["total_query_count"] = self.total_query_count + ready_env_num
             counts["hit_count"] = self.hit_count + batch.hits
         root_step.hold(self, batch)

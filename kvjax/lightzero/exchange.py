@@ -12,18 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax import dlpack
-from kvjax.lightzero import layout
 from kvjax.lightzero.caches import Batch, views_of
 
 Array = np.ndarray[Any, Any]
 
 
 class Exchange:
-    """Two batches of caches [L, 2, B', H, C, D] and notes about rows, see `layout.FILED`.
+    """Two batches of caches [L, 2, B', H, C, D] and notes about rows, see `kvjax.lightzero.layout`.
 
-    Torch has the newest batch, to write its new tokens into; the other one is the memory of the next
-    one. Jax takes memory back only if no tensor holds it any more, and leaves it otherwise. Of the
-    notes, and of what is known of a batch, nobody else knows: numpy sees them in place.
+    Torch has the newest batch, to write its new tokens into; the other one's memory is for the
+    next. XLA takes memory back only if no tensor holds it any more, and leaves it otherwise. Notes,
+    and what is known of a batch, stay here: numpy reads and writes them in place.
     """
 
     def __init__(self, batch_shape: tuple[int, ...], embed_dim: int) -> None:
@@ -56,14 +55,11 @@ class Exchange:
 
     def lend(self) -> tuple[jax.Array, jax.Array]:
         """Memory for a batch, and for what is known of it; both are donated."""
-        other = self._other
-        return _zeros(other.shape) if other.is_deleted() else other, self._known
+        return self._other, self._known
 
     def source(self, memory: Any) -> Any:
         """As `as_argument`; the newest batch need not be wrapped."""
-        newest = self._newest
-        is_newest = memory.data_ptr() == self._newest_place and not newest.is_deleted()
-        return newest if is_newest else as_argument(memory)
+        return self._newest if memory.data_ptr() == self._newest_place else as_argument(memory)
 
     def take(self, lent: tuple[jax.Array, jax.Array], rows: int) -> Batch:
         """Gives torch the batch that a call made of what `lend` gave it, with its first rows."""
@@ -82,4 +78,5 @@ def as_argument(memory: Any) -> Any:
 
 
 def _zeros(shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
-    return jax.device_put(jnp.zeros(shape, dtype))
+    zeros: jax.Array = jax.device_put(jnp.zeros(shape, dtype))
+    return zeros
