@@ -80,7 +80,7 @@ def borrow(tensor: Any) -> Iterator[jax.Array]:
     try:
         yield array
     finally:
-        _take_back(place, owners)
+        _take_back(array, place, owners)
 
 
 def hand_over(array: jax.Array) -> Any:
@@ -239,19 +239,20 @@ def _require_surviving_integers(values: Any) -> None:
         )
 
 
-def _take_back(place: int | None, owners: list[jax.Array]) -> None:
+def _take_back(array: jax.Array, place: int | None, owners: list[jax.Array]) -> None:
     """Waits for everything that anybody can still look at and deletes all views of the memory.
 
-    `owners` are left: memory that torch has from jax is theirs, and XLA aborts if one that was
-    exported is deleted.
+    `owners` are left: memory that torch has from jax is theirs. XLA aborts if an array is deleted
+    that stands for an export, which goes with the array that was exported: that one goes first.
     """
     arrays: list[jax.Array] = jax.live_arrays()  # type: ignore[no-untyped-call]
-    for array in arrays:
-        if not array.is_deleted():
-            array.block_until_ready()
-    for array in _arrays_at(place):
-        if not any(array is owner for owner in owners):
-            array.delete()
+    for live in arrays:
+        if not live.is_deleted():
+            live.block_until_ready()
+    array.delete()
+    for view in _arrays_at(place):
+        if not any(view is owner for owner in owners) and not view.is_deleted():
+            view.delete()
 
 
 def _arrays_at(place: int | None) -> list[jax.Array]:

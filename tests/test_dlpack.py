@@ -138,7 +138,7 @@ def test_a_borrow_ends_when_its_results_are_complete():
 
 
 def test_without_synchronisation_the_next_write_would_win(monkeypatch):
-    monkeypatch.setattr(dlpack, "_take_back", lambda place, owners: None)
+    monkeypatch.setattr(dlpack, "_take_back", lambda *_: None)
     tensor = aligned(500, 500)
     SLOW(jnp.zeros((500, 500))).block_until_ready()
     with dlpack.borrow(tensor) as array:
@@ -179,6 +179,16 @@ def test_borrowing_what_jax_owns_leaves_it_alone(is_kept):
     assert kept is None or float(kept.sum()) == float(total)
     del tensor
     gc.collect()
+
+
+def test_a_loan_that_was_exported_again_ends():
+    tensor = aligned(100)
+    with dlpack.borrow(tensor) as array:
+        kept = torch.from_dlpack(array)
+    assert array.is_deleted()
+    del tensor
+    gc.collect()
+    assert float(kept.sum()) == 100
 
 
 def test_donating_a_borrowed_array_leaves_the_tensor_alone():

@@ -225,8 +225,8 @@ def _shape(tensors: Tensors, name: str) -> tuple[int, ...]:
 
 
 def _infer_config(tensors: Tensors, options: dict[str, Any]) -> WorldModelConfig:
-    known = {field.name for field in dataclasses.fields(WorldModelConfig)}
-    unknown = sorted(set(options) - known)
+    known = sorted(field.name for field in dataclasses.fields(WorldModelConfig))
+    unknown = sorted(set(options) - set(known))
     if unknown:
         raise ValueError(f"unknown options {', '.join(unknown)}; known are {', '.join(known)}")
     for name in ("num_heads", "context_length"):
