@@ -9,6 +9,7 @@ from test_attach import pair, pytestmark
 from torch_models import Driver, difference
 
 from kvjax import dlpack
+from kvjax.lightzero import layout
 from kvjax.lightzero.attached import state_of
 from kvjax.lightzero.exchange import Exchange
 
@@ -111,6 +112,26 @@ def test_an_interrupt_leaves_no_half_of_an_exchange(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         ours.step(3)
     assert not exchanges
+    ours, theirs = Driver(ours.model, ROWS, seed=1), Driver(theirs.model, ROWS, seed=1)
+    for _ in range(3):
+        assert difference(theirs.step(3), ours.step(3)) < TOLERANCE
+    assert handle.stats()["misses"] == 0
+
+
+@pytest.mark.parametrize("name", ["file_and_look_up", "file", "look_up"])
+def test_an_interrupt_after_a_call_loses_entries_and_nothing_else(monkeypatch, name):
+    """What the call was given is gone, what it made never arrived."""
+    ours, theirs, handle = drivers()
+    call = getattr(layout, name)
+
+    def interrupted(*args, **kwargs):
+        call(*args, **kwargs)
+        monkeypatch.setattr(layout, name, call)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(layout, name, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ours.step(3)
     ours, theirs = Driver(ours.model, ROWS, seed=1), Driver(theirs.model, ROWS, seed=1)
     for _ in range(3):
         assert difference(theirs.step(3), ours.step(3)) < TOLERANCE

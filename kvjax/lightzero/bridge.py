@@ -35,22 +35,25 @@ class Scope:
     """One store, what must be filed and what must be forgotten before it is used again."""
 
     def __init__(self, description: module.Description) -> None:
-        store = stores.init_store(
-            description.config,
-            description.num_envs,
-            description.num_simulations,
-            root_slots=description.root_slots,
-            node_slots=description.node_slots,
-        )
-        # Committed and uncommitted arrays compile twice.
-        self.store: Store = jax.device_put(store)
+        self._description = description
+        self._store = _empty_store(description)
         self.pending: tuple[Exchange, tuple[Any, ...]] | None = None  # see `file_later`
         self._exchanges: dict[int, Exchange] = {}  # by B'
         self._stale_roots = np.zeros(description.num_envs, bool)
         self._stale_nodes = self._is_stale = False
         # Environments whose newest root was made with older weights and can be computed again.
         self.outdated = np.zeros(description.num_envs, bool)
-        self._keep = description.kept
+
+    @property
+    def store(self) -> Store:
+        """The store; an empty one if an interrupt kept a call from giving back what it took."""
+        if self._store.counters.is_deleted():
+            self._store = _empty_store(self._description)
+        return self._store
+
+    @store.setter
+    def store(self, store: Store) -> None:
+        self._store = store
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Scope":
         # A store is donated by whoever writes to it: two owners cannot share one.
@@ -92,7 +95,7 @@ class Scope:
             length,
             *rest,
             is_root=is_root,
-            keep=self._keep,
+            keep=self._description.kept,
         )
         # One computation: when one of its results is there it no longer reads what torch lent.
         self.store.counters.block_until_ready()
@@ -135,7 +138,7 @@ class Scope:
         memory, *rest = filing
         filing = exchange.source(memory), *rest
         self.store, lent, raw = layout.file_and_look_up(
-            self.store, exchange.lend(), filing, exchange.notes, rows, keep=self._keep
+            self.store, exchange.lend(), filing, exchange.notes, rows, keep=self._description.kept
         )
         batch = exchange.take(lent, len(latent))
         self._exchanges[exchange.rows] = exchange
@@ -359,6 +362,19 @@ class Bridge:
         name = scope or self._active or DEFAULT_SCOPE
         require(name in self._scopes, f"no scope {name!r}, there are {', '.join(self._scopes)}")
         return stores.stats(self._scopes[name].clean())
+
+
+def _empty_store(description: module.Description) -> Store:
+    store = stores.init_store(
+        description.config,
+        description.num_envs,
+        description.num_simulations,
+        root_slots=description.root_slots,
+        node_slots=description.node_slots,
+    )
+    # Committed and uncommitted arrays compile twice.
+    placed: Store = jax.device_put(store)
+    return placed
 
 
 def _on_host(latent: Any) -> Array:
