@@ -9,7 +9,7 @@ model, get a store each. A run ends when the evaluator's mean return reaches 195
 
 The agent sees the cart's position and the pole's angle, no velocities: it must infer them from its
 context, so a run that loses its caches does not learn. Runs of the same seed differ, since the tree
-breaks ties by the clock; they reach 195 in 2,000 to 8,000 steps, or 6 to 20 minutes of one core.
+breaks ties by the clock; most reach 195 in 2,000 to 8,000 steps, or 5 to 20 minutes of one core.
 
 `--only attached --seeds 0 > run.json` trains once and keeps the curve; `--draw *.json` draws curves
 that were kept.
