@@ -102,6 +102,12 @@ def share(array: jax.Array) -> Any:
 
     Torch may write to it whenever no computation reads the array. While a tensor or a view holds
     the memory, donating the array copies it: XLA sees who holds it, so nothing changes under them.
+
+    Args:
+      array: [...] of a dtype that torch has; waited for.
+
+    Returns:
+      A tensor of the same shape and dtype.
     """
     # The capsule itself: torch.from_dlpack asks for devices and versions, which takes a third more.
     return _torch_dlpack().from_dlpack(array.block_until_ready().__dlpack__())
@@ -245,10 +251,8 @@ def _take_back(array: jax.Array, place: int | None, owners: list[jax.Array]) -> 
     `owners` are left: memory that torch has from jax is theirs. XLA aborts if an array is deleted
     that stands for an export, which goes with the array that was exported: that one goes first.
     """
-    arrays: list[jax.Array] = jax.live_arrays()  # type: ignore[no-untyped-call]
-    for live in arrays:
-        if not live.is_deleted():
-            live.block_until_ready()
+    for live in _live_arrays():
+        live.block_until_ready()
     array.delete()
     for view in _arrays_at(place):
         if not any(view is owner for owner in owners) and not view.is_deleted():
@@ -257,6 +261,10 @@ def _take_back(array: jax.Array, place: int | None, owners: list[jax.Array]) -> 
 
 def _arrays_at(place: int | None) -> list[jax.Array]:
     """All live arrays whose memory begins at a place."""
+    whole = (x for x in _live_arrays() if len(x.devices()) == 1 and x.size)
+    return [x for x in whole if x.unsafe_buffer_pointer() == place]
+
+
+def _live_arrays() -> list[jax.Array]:
     arrays: list[jax.Array] = jax.live_arrays()  # type: ignore[no-untyped-call]
-    live = (x for x in arrays if not x.is_deleted() and len(x.devices()) == 1 and x.size)
-    return [x for x in live if x.unsafe_buffer_pointer() == place]
+    return [x for x in arrays if not x.is_deleted()]

@@ -38,9 +38,6 @@ FILED, ASKED = 0, 1
 Behind each latent to file stands the length of its window, a small integer, which a float holds.
 """
 
-LENGTH, SOURCE = 0, 1
-"""What is found: [2, B] int32, the length of each row's window and where it was, see `MISSED`."""
-
 _replace = dataclasses.replace
 _jit = functools.partial(jit_small_operations, nested=False, one_thread=lambda **_: True)
 
@@ -68,8 +65,8 @@ def look_up(
       roots_only: as at root steps.
 
     Returns:
-      The store's counters, with this look-up counted; `batch`; what was found [2, B] int32, see
-      `LENGTH`; its raw tokens [B, K, E], None if the store keeps none.
+      The store's counters, with this look-up counted; `batch`; [2, B] int32: each row's length and
+      where it was found, see `MISSED`; raw tokens [B, K, E], None if the store keeps none.
     """
     keys = stores.latent_keys(store, latent, rows[ENV])
     return _look_up(store, keys, rows, roots_only=roots_only)
@@ -289,7 +286,7 @@ def file_and_look_up(
     Args:
       store: moved, use the one that comes back.
       lent: moved like the store: memory for the `batch` that is found, which keeps behind its rows
-        what it held; and for what is known of it [2, B] int32, see `LENGTH`.
+        what it held; and for the integers [2, B] that `look_up` returns with it.
       filing: what `file` takes as batch, rows, correction and raw tokens; not root windows.
       notes: [2, B, E + 1], see `FILED`.
       rows: [2, B] int32, of the look-up.
