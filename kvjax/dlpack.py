@@ -255,7 +255,7 @@ def _take_back(array: jax.Array, place: int | None, owners: list[jax.Array]) -> 
         live.block_until_ready()
     array.delete()
     for view in _arrays_at(place):
-        if not any(view is owner for owner in owners) and not view.is_deleted():
+        if not any(view is owner for owner in owners):
             view.delete()
 
 
