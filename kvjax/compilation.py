@@ -61,7 +61,7 @@ class jit_small_operations:  # noqa: N801  (used like jax.jit)
             return self._plain
         one_thread = self._one_thread(**kwargs)
         if one_thread not in self._tuned:
-            self._tuned[one_thread] = self._jit(compiler_options=_known_options(one_thread))
+            self._tuned[one_thread] = self._jit(compiler_options=known_options(one_thread))
         return self._tuned[one_thread]
 
     def _is_inside(self, arguments: Any) -> bool:
@@ -88,8 +88,14 @@ def on_cpu() -> bool:
 
 
 @functools.cache
-def _known_options(one_thread: bool) -> dict[str, str]:
-    """The options that this XLA has: they are no promise of its makers, and only save time."""
+def known_options(one_thread: bool) -> dict[str, str]:
+    """For programs of many small operations on a CPU, the options of `jax.jit` that this XLA has.
+
+    They are no promise of its makers, and only save time.
+
+    Args:
+      one_thread: whether loops stay in one thread.
+    """
     options = _SMALL_OPERATIONS | _ONE_THREAD if one_thread else _SMALL_OPERATIONS
     return {name: value for name, value in options.items() if _is_known(name, value)}
 

@@ -10,6 +10,8 @@ import pytest
 from kvjax import checkpoint, world_model
 from kvjax.config import WorldModelConfig
 
+jax.devices()  # starts jax before any test can set how calls are dispatched
+
 DATA = Path(__file__).parent / "data"
 
 SMALL = WorldModelConfig(

@@ -2,7 +2,10 @@
 
 import copy
 import gc
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -270,7 +273,7 @@ def test_what_waits_to_be_filed_is_found_unless_it_was_forgotten():
     wm, driver = twin.world_model, Driver(twin, 4)
     for forget in (None, handle.on_params_update, wm.past_kv_cache_recurrent_infer.clear):
         driver.step(2)
-        latent, _ = state_of(wm).bridge.scope.pending[0].filed()
+        latent, _, _ = state_of(wm).bridge.scope.pending[0].filed()
         if forget is not None:
             forget()
         hits = wm.hit_count
@@ -575,3 +578,22 @@ def test_targets_and_reanalysis_are_left_to_lightzero():
     values = [d.simulate(n, 0, **time).value for d, n in zip((theirs, ours), nodes, strict=True)]
     np.testing.assert_array_equal(*values)
     assert handle.stats()["queries"] == 0
+
+
+@pytest.mark.parametrize("attached", [True, False])
+def test_jax_computes_in_the_callers_thread_once_a_model_is_attached(attached):
+    program = f"""
+import sys
+sys.path.append({str(Path(__file__).parent)!r})
+import jax, jax.numpy as jnp
+from torch_models import make
+from kvjax import lightzero
+model = make()
+if {attached}:
+    lightzero.attach(model.world_model)
+slow = jax.jit(lambda x: jax.lax.fori_loop(0, 100, lambda i, y: y @ x, x))
+slow(jnp.eye(500)).block_until_ready()
+print(slow(jnp.ones((500, 500))).is_ready())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.split() == [str(attached)], done.stderr

@@ -153,13 +153,17 @@ def test_filing_and_looking_up_in_one_call_is_one_after_the_other():
         rows = describe((0, 0, 0, 0))
         if together:
             latent, of_rows, length, correction = later
-            notes = np.zeros((2, 4, 16 + 1), np.float32)
+            notes = np.zeros((2, 4, 16 + 3), np.float32)
             notes[:, :, :16] = latent, asked
-            notes[layout.FILED, :, 16] = length
+            notes[layout.FILED, :, layout.LENGTH] = length
+            notes[:, :, layout.ROWS] = of_rows.T, rows.T
             lent = jnp.full_like(batch, np.nan), jnp.full((2, 4), 99, jnp.int32)
-            store, (found, known), raw = layout.file_and_look_up(
-                store, lent, (batch, of_rows, correction, None), jnp.asarray(notes), rows
+            arrays, structure = layout.take_apart(store)
+            (found, known, *changed), raw = layout.file_and_look_up(structure)(
+                *lent, *arrays, batch, correction, None, notes
             )
+            assert len(changed) == layout.changing(structure) < len(arrays)
+            store = layout.put_together([*changed, *arrays[len(changed) :]], structure)
             out = [found, known, raw]
         else:
             store = layout.file(store, batch, *later, is_root=False)

@@ -122,14 +122,18 @@ def test_an_interrupt_leaves_no_half_of_an_exchange(monkeypatch):
 def test_an_interrupt_after_a_call_loses_entries_and_nothing_else(monkeypatch, name):
     """What the call was given is gone, what it made never arrived."""
     ours, theirs, handle = drivers()
-    call = getattr(layout, name)
 
-    def interrupted(*args, **kwargs):
-        call(*args, **kwargs)
-        monkeypatch.setattr(layout, name, call)
-        raise KeyboardInterrupt
+    def interrupting(call):
+        def interrupted(*args, **kwargs):
+            call(*args, **kwargs)
+            monkeypatch.undo()
+            raise KeyboardInterrupt
 
-    monkeypatch.setattr(layout, name, interrupted)
+        return interrupted
+
+    call, makes_a_call = getattr(layout, name), name == "file_and_look_up"
+    replacement = (lambda *args: interrupting(call(*args))) if makes_a_call else interrupting(call)
+    monkeypatch.setattr(layout, name, replacement)
     with pytest.raises(KeyboardInterrupt):
         ours.step(3)
     ours, theirs = Driver(ours.model, ROWS, seed=1), Driver(theirs.model, ROWS, seed=1)

@@ -20,13 +20,13 @@ def test_options_that_xla_does_not_know_are_left_out(monkeypatch):
     unknown = {"xla_cpu_no_such_option": "1", "xla_cpu_scheduler_type": "NO_SUCH_SCHEDULER"}
     monkeypatch.setattr(compilation, "_SMALL_OPERATIONS", known | unknown)
     expected = {name: value for name, value in known.items() if name not in unknown}
-    assert compilation._known_options.__wrapped__(False) == expected
+    assert compilation.known_options.__wrapped__(False) == expected
 
 
 def test_this_xla_knows_all_options():
-    assert compilation._known_options(False) == compilation._SMALL_OPERATIONS
+    assert compilation.known_options(False) == compilation._SMALL_OPERATIONS
     both = compilation._SMALL_OPERATIONS | compilation._ONE_THREAD
-    assert compilation._known_options(True) == both
+    assert compilation.known_options(True) == both
 
 
 def partitions(program, x):

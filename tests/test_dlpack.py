@@ -253,6 +253,22 @@ def test_memory_is_shared_with_torch_and_donated_when_torch_is_done():
     assert again[:3].tolist() == [2, 4, 6]
 
 
+def test_other_dtypes_are_not_shared():
+    with pytest.raises(ValueError, match="expected a float32 array, got int32"):
+        dlpack.share(jnp.arange(3))
+
+
+def test_sharing_waits_and_warns_nobody():
+    program = (
+        "import warnings, jax, jax.numpy as jnp; from kvjax import dlpack;"
+        "warnings.simplefilter('error');"
+        "slow = jax.jit(lambda x: jax.lax.fori_loop(0, 200, lambda i, y: y @ x, x));"
+        "print(dlpack.share(slow(jnp.eye(300)))[:2].tolist())"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("[1.0, 0.0]\n", "")
+
+
 def test_memory_of_a_gpu_is_not_seen():
     class OnGpu:
         def platform(self):

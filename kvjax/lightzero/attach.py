@@ -4,8 +4,8 @@
 
 The model keeps its own forward pass, its counters and its `clear_caches`. What finds, aligns,
 slides and stores key/value windows is replaced: one jitted call per simulation, for all
-environments at once. Windows live in jax; only the rows that a simulation reads cross to torch, as
-memory that jax has given away.
+environments at once. Windows live in jax; only the rows that a simulation reads cross to torch, in
+memory that both see.
 
 Shapes: B rows, E embedding size.
 """
@@ -13,6 +13,8 @@ Shapes: B rows, E embedding size.
 import weakref
 from contextlib import AbstractContextManager
 from typing import Any, Literal
+
+import jax
 
 from kvjax.config import require, require_one_of
 from kvjax.lightzero import caches, module, routes
@@ -43,6 +45,9 @@ def attach(
     root miss; LightZero's `clear_caches` forgets raw tokens too. Copies by `copy.deepcopy` are
     attached too, independently. Reanalysis is left to LightZero, which looks nothing up there.
 
+    If jax has not started yet, it computes in the caller's thread from now on when it runs on a CPU
+    (`jax_cpu_enable_async_dispatch`, for the whole process): every simulation waits for jax anyway.
+
     Args:
       world_model: LightZero's `WorldModel` (`model.world_model`), release 0.2.0 or main, float32.
       shadow: run LightZero's own code too, on every call, and compare caches, sizes and hits. True
@@ -59,6 +64,8 @@ def attach(
       ValueError: the module is no `WorldModel`, is attached already, is not float32, has an odd or
         too short context, or is a variant that is not supported.
     """
+    # To wake another thread takes longer than what a simulation computes, and waits for.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)  # type: ignore[no-untyped-call]
     wm = module.unwrap(world_model)
     require(STATE not in vars(wm), "this world model is attached already: detach() it first")
     require_one_of("padding", padding, PADDINGS)

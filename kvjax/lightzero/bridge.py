@@ -36,8 +36,8 @@ class Scope:
 
     def __init__(self, description: module.Description) -> None:
         self._description = description
-        self._store = _empty_store(description)
-        self.pending: tuple[Exchange, tuple[Any, ...]] | None = None  # see `file_later`
+        self.store = _empty_store(description)
+        self.pending: tuple[Exchange, Any, tuple[Any, ...]] | None = None  # see `file_later`
         self._exchanges: dict[int, Exchange] = {}  # by B'
         self._stale_roots = np.zeros(description.num_envs, bool)
         self._stale_nodes = self._is_stale = False
@@ -47,13 +47,17 @@ class Scope:
     @property
     def store(self) -> Store:
         """The store; an empty one if an interrupt kept a call from giving back what it took."""
-        if self._store.counters.is_deleted():
-            self._store = _empty_store(self._description)
-        return self._store
+        return layout.put_together(self._arrays(), self._structure)
 
     @store.setter
     def store(self, store: Store) -> None:
-        self._store = store
+        self._parts, self._structure = layout.take_apart(store)
+        self._between = layout.file_and_look_up(self._structure, self._description.kept)
+
+    def _arrays(self) -> list[jax.Array]:
+        if self._parts[0].is_deleted():
+            self.store = _empty_store(self._description)
+        return self._parts
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Scope":
         # A store is donated by whoever writes to it: two owners cannot share one.
@@ -74,83 +78,78 @@ class Scope:
     def settle(self) -> None:
         """Files what is pending, and waits until that is done."""
         if self.pending is not None:
-            (exchange, (memory, rows, *rest)), self.pending = self.pending, None
-            self.file(memory, *exchange.filed(), rows, *rest)
+            (exchange, memory, rest), self.pending = self.pending, None
+            self.file(memory, *exchange.filed(), *rest)
 
     def file(
         self,
         memory: Any,
         latent: Array,
+        rows: Array,
         length: Array,
-        rows: jax.Array,
         *rest: Any,
         is_root: bool = False,
     ) -> None:
         """Files windows and waits until that is done; see `layout.file`."""
-        self.store = layout.file(
-            self.store,
-            as_argument(memory),
-            latent,
-            rows,
-            length,
-            *rest,
-            is_root=is_root,
-            keep=self._description.kept,
-        )
+        keep = self._description.kept
+        filing = as_argument(memory), latent, rows, length, *rest
+        self.store = layout.file(self.store, *filing, is_root=is_root, keep=keep)
         # One computation: when one of its results is there it no longer reads what torch lent.
         self.store.counters.block_until_ready()
 
     def file_later(
-        self, memory: Any, latent: Array, lengths: Sequence[int], filing: tuple[Any, ...]
+        self, memory: Any, latent: Array, rows: Array, lengths: Sequence[int], *rest: Any
     ) -> None:
         """Files a simulation's windows with the next look-up, since one call is cheaper than two.
 
         Until then, or until `settle`, the memory must stay as it is; latents may change.
         """
-        rows = memory.shape[2]
-        if rows not in self._exchanges:
-            self._exchanges[rows] = Exchange(tuple(memory.shape), latent.shape[1])
-        exchange = self._exchanges[rows]
-        exchange.note_filed(latent, lengths)
-        self.pending = exchange, (memory, *filing)
+        capacity = memory.shape[1]
+        if capacity not in self._exchanges:
+            layers, two, *token = self._description.cache_shape
+            shape = layers, two, capacity, *token
+            self._exchanges[capacity] = Exchange(shape, latent.shape[1])
+        exchange = self._exchanges[capacity]
+        exchange.note_filed(latent, lengths, rows)
+        self.pending = exchange, memory, rest
 
-    def look_up(self, latent: Array, rows: jax.Array, *, roots_only: bool) -> Batch:
+    def look_up(self, latent: Array, rows: Array, *, roots_only: bool) -> Batch:
         """Finds and aligns the windows of latents [B, E]."""
         pending, (count, capacity) = self.pending, (len(latent), rows.shape[1])
         if pending is None or roots_only or self._is_stale or pending[0].rows != capacity:
+            self.clean()
             counters, found, info, raw = layout.look_up(
-                self.clean(), _padded(latent, capacity), rows, roots_only=roots_only
+                self.store, _padded(latent, capacity), rows, roots_only=roots_only
             )
             self.store = layout.with_counters(self.store, counters)
             lengths, sources = np.asarray(info)[:, :count].tolist()
-            memory = dlpack.hand_over(found)
+            memory = dlpack.hand_over(found).flatten(0, 1)
             batch = Batch(memory, views_of(memory, count), lengths, sources)
         else:
             batch, raw = self._file_and_look_up(*pending, latent, rows)
         return batch if raw is None else _replace(batch, tokens=_unpad(raw, batch.lengths))
 
     def _file_and_look_up(
-        self, exchange: Exchange, filing: tuple[Any, ...], latent: Array, rows: jax.Array
+        self, exchange: Exchange, memory: Any, rest: tuple[Any, ...], latent: Array, rows: Array
     ) -> tuple[Batch, jax.Array | None]:
         self.pending = None
         del self._exchanges[exchange.rows]  # whoever interrupts this leaves no half of it behind
-        exchange.note_asked(latent)
-        memory, *rest = filing
-        filing = exchange.source(memory), *rest
-        self.store, lent, raw = layout.file_and_look_up(
-            self.store, exchange.lend(), filing, exchange.notes, rows, keep=self._description.kept
+        exchange.note_asked(latent, rows)
+        changed, raw = self._between(
+            *exchange.lend(), *self._arrays(), exchange.source(memory), *rest, exchange.notes
         )
-        batch = exchange.take(lent, len(latent))
+        found, known, *arrays = changed
+        self._parts[: len(arrays)] = arrays
+        batch = exchange.take((found, known), len(latent))
         self._exchanges[exchange.rows] = exchange
         return batch, raw
 
-    def clean(self) -> Store:
-        """Files what is pending, forgets what is stale and returns the store."""
+    def clean(self) -> None:
+        """Files what is pending and forgets what is stale."""
         self.settle()
         if self._is_stale:
             self.store = layout.clear(self.store, self._stale_roots, np.bool_(self._stale_nodes))
             self._stale_roots[:], self._stale_nodes, self._is_stale = False, False, False
-        return self.store
 
     def new_epoch(self) -> None:
         """Forgets everything but raw tokens because the weights changed."""
@@ -170,7 +169,7 @@ class Bridge:
         self.batch: Batch | None = None
         self._scopes = {DEFAULT_SCOPE: Scope(description)}
         self._active: str | None = None
-        self._rows: dict[tuple[int, ...], jax.Array] = {}
+        self._rows: dict[tuple[int, ...], Array] = {}
         self._seen: tuple[Any, ...] | None = None
         self._watched: list[Any] = []
         self._versions: tuple[int, ...] = ()
@@ -272,7 +271,8 @@ class Bridge:
 
     def peek(self, latent: Any, env_ids: Sequence[int], *, roots_only: bool) -> Batch:
         """As `look_up`, counted nowhere."""
-        counters, batch = self.scope.clean().counters, self.batch
+        self.scope.clean()
+        counters, batch = self.scope.store.counters, self.batch
         found = self.look_up(latent, env_ids, roots_only=roots_only)
         self.scope.store = layout.with_counters(self.scope.store, counters)
         self.batch = batch
@@ -298,12 +298,12 @@ class Bridge:
         scope, kept, capacity = self.scope, self.description.kept, rows.shape[1]
         raw = None if tokens is None else _raw_tokens(tokens, kept, capacity)
         scope.clean()
-        if not is_root and on_cpu() and memory.is_cpu and memory.shape[2] == capacity:
-            scope.file_later(memory, latent, lengths, (rows, self._correction, raw))
+        if not is_root and on_cpu() and memory.is_cpu and memory.shape[1] == capacity:
+            scope.file_later(memory, latent, rows, lengths, self._correction, raw)
             return
         length = np.zeros(capacity, np.int32)
         length[: len(latent)] = lengths
-        filing = _padded(latent, capacity), length, rows, self._correction, raw
+        filing = _padded(latent, capacity), rows, length, self._correction, raw
         scope.file(memory, *filing, is_root=is_root)
         if is_root:
             scope.outdated[list(env_ids)] = False
@@ -314,7 +314,7 @@ class Bridge:
             scope.settle()
 
     def memory_of(self, keys_values: Any, rows: int) -> Any:
-        """The memory [L, 2, B', H, C, D] behind a `KeysValues`: `batch`'s own if it holds that.
+        """The memory [2 L, B', H, C, D] behind a `KeysValues`: `batch`'s own if it holds that.
 
         Raises:
           ValueError: the caches are not float32, or there are more rows than environments.
@@ -334,7 +334,7 @@ class Bridge:
         require(rows <= most, f"{rows} rows do not fit into {most} environments")
         return min(most, 1 << (rows - 1).bit_length())
 
-    def _rows_of(self, env_ids: Sequence[int]) -> jax.Array:
+    def _rows_of(self, env_ids: Sequence[int]) -> Array:
         """The integers that describe a batch: [2, B'] int32, see `layout.ENV`.
 
         Raises:
@@ -350,7 +350,7 @@ class Bridge:
             )
             rows[layout.ENV, : len(key)] = key
             rows[layout.VALID, : len(key)] = 1
-            self._rows[key] = jax.device_put(rows)
+            self._rows[key] = rows
         return self._rows[key]
 
     def stats(self, scope: str | None = None) -> Statistics:
@@ -361,7 +361,8 @@ class Bridge:
         """
         name = scope or self._active or DEFAULT_SCOPE
         require(name in self._scopes, f"no scope {name!r}, there are {', '.join(self._scopes)}")
-        return stores.stats(self._scopes[name].clean())
+        self._scopes[name].clean()
+        return stores.stats(self._scopes[name].store)
 
 
 def _empty_store(description: module.Description) -> Store:

@@ -1,7 +1,8 @@
 """A batch of caches in torch's hands: installed in a world model, read back, looked at row by row.
 
 Shapes: B rows, C context_length in tokens, L layers, H heads, D head size. A batch's memory is one
-tensor [L, 2, B', H, C, D] with B' >= B; LightZero sees views of it, [B, H, C, D] each.
+tensor [2 L, B', H, C, D] with B' >= B, keys and values of each layer in turn; LightZero sees views
+of it, [B, H, C, D] each.
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ from kvjax.config import require
 class Batch:
     """Aligned caches that torch owns alone: the model writes its new tokens into them."""
 
-    memory: Any  # [L, 2, B', H, C, D] tensor
+    memory: Any  # [2 L, B', H, C, D] tensor
     views: tuple[Any, ...]  # 2 L tensors [B, H, C, D], keys and values of each layer in turn
     lengths: list[int]  # of each row, in tokens
     sources: list[int]  # where each row was found, see `kvjax.lightzero.layout`
@@ -34,8 +35,7 @@ class Batch:
 
 def views_of(memory: Any, rows: int) -> tuple[Any, ...]:
     """A batch's memory as the caches of its first rows: 2 L tensors [rows, H, C, D]."""
-    flat = memory.flatten(0, 1)
-    views: tuple[Any, ...] = (flat if rows == flat.shape[1] else flat[:, :rows]).unbind()
+    views: tuple[Any, ...] = (memory if rows == memory.shape[1] else memory[:, :rows]).unbind()
     return views
 
 
@@ -65,7 +65,7 @@ def holds(keys_values: Any, batch: Batch) -> bool:
 
 
 def stacked(keys_values: Any, capacity: int) -> Any:
-    """Memory [L, 2, capacity, H, C, D] with a copy of what a `KeysValues` holds.
+    """Memory [2 L, capacity, H, C, D] with a copy of what a `KeysValues` holds.
 
     Raises:
       ValueError: the caches are not float32.
@@ -78,8 +78,8 @@ def stacked(keys_values: Any, capacity: int) -> Any:
         held[0].dtype is torch.float32,
         f"expected float32 caches, got {held[0].dtype}: attach supports no half precision",
     )
-    memory = torch.stack(held).detach().unflatten(0, (len(held) // 2, 2))
-    missing = capacity - memory.shape[2]
+    memory = torch.stack(held).detach()
+    missing = capacity - memory.shape[1]
     return torch.nn.functional.pad(memory, (0, 0, 0, 0, 0, 0, 0, missing)).contiguous()
 
 

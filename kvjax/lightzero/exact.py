@@ -20,7 +20,7 @@ def renew_full_rows(wm: Any, memory: Any, latent: Any, lengths: Sequence[int]) -
         [a b c d e f g .] -> [a b c' d' e' f' g' .], or [a b c d e f g' .] of the latest latent
 
     Args:
-      memory: [L, 2, B', H, C, D] tensor, rows aligned.
+      memory: [2 L, B', H, C, D] tensor, rows aligned.
       latent: [B, 1, E] tensor.
       lengths: B, in tokens.
     """
@@ -32,8 +32,7 @@ def renew_full_rows(wm: Any, memory: Any, latent: Any, lengths: Sequence[int]) -
             return
         rows, offsets = list(resets.offsets), list(resets.offsets.values())
         end, size = wm.context_length - 1, resets.cache.size
-        views = memory.flatten(0, 1)
-        for view, renewed in zip(views, caches.tensors(resets.cache), strict=True):
+        for view, renewed in zip(memory, caches.tensors(resets.cache), strict=True):
             view[rows, :, end - size : end] = renewed[offsets, :, :size]
 
 
@@ -56,7 +55,8 @@ def _recall(wm: Any, bridge: Bridge, latent: Any, env_id: int) -> bool:
     import torch
 
     scope = bridge.scope
-    raw, count = layout.latest_tokens(scope.clean(), np.int32(env_id))
+    scope.clean()
+    raw, count = layout.latest_tokens(scope.store, np.int32(env_id))
     length = int(count)
     if not length:
         return False

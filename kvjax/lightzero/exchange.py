@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax import dlpack
+from kvjax.lightzero import layout
 from kvjax.lightzero.caches import Batch, views_of
 
 Array = np.ndarray[Any, Any]
@@ -29,9 +30,10 @@ class Exchange:
         self.rows = batch_shape[2]
         self._newest, self._other = (_zeros(batch_shape) for _ in range(2))
         self._newest_place = self._known_place = 0
-        self.notes = _zeros((2, self.rows, embed_dim + 1)).block_until_ready()
-        filed, asked = dlpack.writable_view(self.notes)
-        self._filed, self._lengths, self._asked = filed[:, :-1], filed[:, -1], asked[:, :-1]
+        self._flat_shape = -1, *batch_shape[2:]
+        self.notes = _zeros((2, self.rows, embed_dim + 3)).block_until_ready()
+        self._filed, self._asked = dlpack.writable_view(self.notes)
+        self._filed_rows = self._asked_rows = np.empty(0)
         self._hold(_zeros((2, self.rows), jnp.int32).block_until_ready())
 
     def _hold(self, known: jax.Array) -> None:
@@ -40,18 +42,27 @@ class Exchange:
         if place != self._known_place:
             self._known_place, self._seen = place, dlpack.writable_view(known)
 
-    def note_filed(self, latent: Array, lengths: Sequence[int]) -> None:
-        """Says under which latents [B, E] a batch is to be filed, and how long its rows are."""
-        self._filed[: len(latent)] = latent
-        self._lengths[: len(latent)] = lengths
+    def note_filed(self, latent: Array, lengths: Sequence[int], rows: Array) -> None:
+        """Says under which latents [B, E] a batch is to be filed, how long its rows are, and whose.
 
-    def note_asked(self, latent: Array) -> None:
-        """Says which latents [B, E] are looked up next."""
-        self._asked[: len(latent)] = latent
+        `rows` [2, B'] is not changed by its owner.
+        """
+        count = len(latent)
+        self._filed[:count, : layout.LENGTH] = latent
+        self._filed[:count, layout.LENGTH] = lengths
+        if rows is not self._filed_rows:
+            self._filed[:, layout.ROWS], self._filed_rows = rows.T, rows
 
-    def filed(self) -> tuple[Array, Array]:
-        """Copies of what `note_filed` was told: latents [B', E] and lengths [B'] int32."""
-        return self._filed.copy(), self._lengths.astype(np.int32)
+    def note_asked(self, latent: Array, rows: Array) -> None:
+        """Says which latents [B, E] are looked up next, and whose they are."""
+        self._asked[: len(latent), : layout.LENGTH] = latent
+        if rows is not self._asked_rows:
+            self._asked[:, layout.ROWS], self._asked_rows = rows.T, rows
+
+    def filed(self) -> tuple[Array, Array, Array]:
+        """What `note_filed` was told: latents [B', E], rows [2, B'] and lengths [B'] int32."""
+        latent, lengths = self._filed[:, : layout.LENGTH], self._filed[:, layout.LENGTH]
+        return latent.copy(), self._filed_rows, lengths.astype(np.int32)
 
     def lend(self) -> tuple[jax.Array, jax.Array]:
         """Memory for a batch, and for what is known of it; both are donated."""
@@ -64,7 +75,7 @@ class Exchange:
     def take(self, lent: tuple[jax.Array, jax.Array], rows: int) -> Batch:
         """Gives torch the batch that a call made of what `lend` gave it, with its first rows."""
         found, known = lent
-        memory = dlpack.share(found)
+        memory = dlpack.share(found).view(self._flat_shape)
         self._other, self._newest, self._newest_place = self._newest, found, memory.data_ptr()
         self._hold(known)
         lengths, sources = self._seen[:, :rows].tolist()
@@ -72,9 +83,10 @@ class Exchange:
 
 
 def as_argument(memory: Any) -> Any:
-    """A batch's memory as an argument of a jitted call that its caller waits for."""
+    """A batch's memory as an argument [L, 2, B', H, C, D] of a jitted call that is waited for."""
     # A numpy view is dispatched faster than an imported array, and copied no more.
-    return memory.numpy() if memory.is_cpu else dlpack.import_shared(memory)
+    array = memory.numpy() if memory.is_cpu else dlpack.import_shared(memory)
+    return array.reshape(-1, 2, *array.shape[1:])
 
 
 def _zeros(shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:

@@ -21,10 +21,10 @@ import numpy as np
 from kvjax import pool as pools
 from kvjax import statistics
 from kvjax import store as stores
-from kvjax.compilation import jit_small_operations
+from kvjax.compilation import jit_small_operations, known_options, on_cpu
 from kvjax.config import BLOCK
 from kvjax.pool import NO_SLOT
-from kvjax.types import Pool, Store, Window
+from kvjax.types import Store, Window
 
 MISSED, IN_ROOTS, IN_NODES = 0, 1, 2
 """Where a row was found."""
@@ -33,9 +33,12 @@ ENV, VALID = 0, 1
 """Rows of the integers that describe a batch: [2, B] int32."""
 
 FILED, ASKED = 0, 1
-"""Notes about a batch's rows: [2, B, E + 1] float32, the latents to file and those to look up.
+"""Notes about a batch's rows: [2, B, E + 3] float32, those to file and those to look up."""
 
-Behind each latent to file stands the length of its window, a small integer, which a float holds.
+LENGTH, ROWS = -3, slice(-2, None)
+"""What stands behind a row's latent: its window's length, if it is to be filed, and its integers.
+
+They are small, so that floats hold them.
 """
 
 _replace = dataclasses.replace
@@ -272,64 +275,64 @@ def _read(
     return jnp.roll(window, start - first, axis=0) if shift else window
 
 
-def file_and_look_up(
-    store: Store,
-    lent: tuple[jax.Array, jax.Array],
-    filing: tuple[Any, ...],
-    notes: jax.Array,
-    rows: jax.Array,
-    *,
-    keep: int | None = None,
-) -> tuple[Store, tuple[jax.Array, jax.Array], jax.Array | None]:
-    """`file` and then `look_up`, as between two simulations, in one call.
+@functools.cache
+def file_and_look_up(structure: Any, keep: int | None = None) -> Callable[..., Any]:
+    """`file` of nodes and then `look_up`, as between two simulations, in one call on flat arrays.
 
     Args:
-      store: moved, use the one that comes back.
-      lent: moved like the store: memory for the `batch` that is found, which keeps behind its rows
-        what it held; and for the integers [2, B] that `look_up` returns with it.
-      filing: what `file` takes as batch, rows, correction and raw tokens; not root windows.
-      notes: [2, B, E + 1], see `FILED`.
-      rows: [2, B] int32, of the look-up.
+      structure: of the store, see `take_apart`.
       keep: see `file`.
 
     Returns:
-      The store; what was lent, filled; and raw tokens as of `look_up`.
+      A function (batch, known, *arrays, source, correction, raw, notes) -> (changed, raw).
+      `batch` and `known` are memory for what `look_up` returns under these names; behind its rows
+      the batch keeps what it held. `arrays` are the store's. `source`, `correction` and `raw` are
+      what `file` takes, with `source` for its batch. Changed are the batch, what is known [2, B],
+      and the store's first arrays, `changing(structure)` of them; all these were donated. The raw
+      tokens are those of `look_up`.
     """
-    # Only what changes is donated: each array that is handed back takes time.
-    changing, rest = (store.nodes, store.counters, *lent), (store.roots, store.epoch, store.latest)
-    (nodes, counters, *lent), raw = _file_and_look_up(
-        changing, rest, filing, notes, rows, keep=keep, verify_keys=store.verify_keys
-    )
-    # As `dataclasses.replace`, in a tenth of the time.
-    filed = Store(store.roots, nodes, store.epoch, counters, store.latest, store.verify_keys)
-    return filed, lent, raw
+    first = 2 + changing(structure)
+
+    def between_simulations(batch: jax.Array, known: jax.Array, *arguments: Any) -> Any:
+        *arrays, source, correction, raw, notes = arguments
+        store = put_together(arrays, structure)
+        rows = jnp.swapaxes(notes[..., ROWS], 1, 2).astype(jnp.int32)
+        length = notes[FILED, :, LENGTH].astype(jnp.int32)
+        latent = notes[..., :LENGTH]
+        keys = jax.vmap(stores.latent_keys, in_axes=(None, 0, 0))(store, latent, rows[:, ENV])
+        filing = keys[FILED], rows[FILED], length, correction, raw
+        store = _file(store, source, *filing, is_root=False, keep=keep)
+        counters, batch, info, raw = _look_up(
+            store, keys[ASKED], rows[ASKED], roots_only=False, batch=batch
+        )
+        arrays, _ = take_apart(with_counters(store, counters))
+        return (batch, known.at[:].set(info), *arrays[: first - 2]), raw
+
+    options = known_options(one_thread=True) if on_cpu() else None
+    return jax.jit(between_simulations, donate_argnums=range(first), compiler_options=options)
 
 
-_Changing = tuple[Pool, jax.Array, jax.Array, jax.Array]
+def take_apart(store: Store) -> tuple[list[jax.Array], Any]:
+    """A store's arrays, first those that filing nodes changes, and the structure they make.
+
+    A call takes and gives flat arrays in less time.
+    """
+    rest = _replace(store, nodes=None, counters=None)
+    return jax.tree.flatten((store.nodes, store.counters, rest))
 
 
-@functools.partial(_jit, static_argnames=("keep", "verify_keys"), donate_argnames=("changing",))
-def _file_and_look_up(
-    changing: _Changing,
-    rest: tuple[Pool, jax.Array, jax.Array | None],
-    filing: tuple[Any, ...],
-    notes: jax.Array,
-    rows: jax.Array,
-    *,
-    keep: int | None,
-    verify_keys: bool,
-) -> tuple[_Changing, jax.Array | None]:
-    (nodes, counters, found, known), (roots, epoch, latest) = changing, rest
-    store = Store(roots, nodes, epoch, counters, latest, verify_keys)
-    batch, filed_rows, correction, raw = filing
-    latent, length = notes[..., :-1], notes[FILED, :, -1].astype(jnp.int32)
-    env_id = jnp.stack([filed_rows[ENV], rows[ENV]])
-    filed, asked = jax.vmap(stores.latent_keys, in_axes=(None, 0, 0))(store, latent, env_id)
-    store = _file(
-        store, batch, filed, filed_rows, length, correction, raw, is_root=False, keep=keep
-    )
-    counters, found, info, raw = _look_up(store, asked, rows, roots_only=False, batch=found)
-    return (store.nodes, counters, found, known.at[:].set(info)), raw
+def put_together(arrays: Sequence[jax.Array], structure: Any) -> Store:
+    """The store that `take_apart` took apart."""
+    nodes, counters, rest = structure.unflatten(arrays)
+    store: Store = _replace(rest, nodes=nodes, counters=counters)
+    return store
+
+
+def changing(structure: Any) -> int:
+    """How many of a store's arrays filing nodes changes."""
+    nodes, counters, _ = structure.children()
+    count: int = nodes.num_leaves + counters.num_leaves
+    return count
 
 
 @functools.partial(jax.jit, donate_argnames=("store",))

@@ -107,7 +107,7 @@ def _start(wm: Any, bridge: Bridge, batch: RootBatch) -> Any:
 
     count = len(batch.env_ids)
     layers, two, heads, length, size = bridge.description.cache_shape
-    shape = layers, two, bridge.capacity(count), heads, length, size
+    shape = layers * two, bridge.capacity(count), heads, length, size
     empty = empty_batch(torch.zeros(shape, device=batch.current.device), count)
     bridge.batch = empty
     caches.install(wm.keys_values_wm, empty, 0)
