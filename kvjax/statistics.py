@@ -30,17 +30,18 @@ def init() -> jax.Array:
 
 
 def add(counters: jax.Array, **amounts: jax.Array) -> jax.Array:
-    """Adds amounts [] to the counters of those names."""
-    return counters + _vector(amounts)
+    """Adds amounts to the counters of those names: [] each, or all [B], which are summed."""
+    return counters + jnp.sum(_table(amounts).reshape(len(COUNTERS), -1), axis=1, dtype=jnp.uint32)
 
 
 def maximum(counters: jax.Array, **values: jax.Array) -> jax.Array:
     """Raises the counters of those names to values [] that are larger."""
-    return jnp.maximum(counters, _vector(values))
+    return jnp.maximum(counters, _table(values))
 
 
-def _vector(values: dict[str, jax.Array]) -> jax.Array:
-    zero = jnp.zeros((), jnp.uint32)
+def _table(values: dict[str, jax.Array]) -> jax.Array:
+    """Values [...] in the order of all counters, zeros for those not named: [N, ...] uint32."""
+    zero = jnp.zeros_like(next(iter(values.values())), jnp.uint32)
     return jnp.stack([values.get(name, zero).astype(jnp.uint32) for name in COUNTERS])
 
 

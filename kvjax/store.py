@@ -208,7 +208,7 @@ def add_roots(
     )
     lost = slot == NO_SLOT if valid is None else valid & (slot == NO_SLOT)
     store = _replace(store, roots=roots, latest=with_latest(store, env_id, slot))
-    store = _count(store, root_evictions=jnp.sum(evicted), not_stored=jnp.sum(lost))
+    store = _count(store, root_evictions=evicted, not_stored=lost)
     return store, _handle(store, roots, slot, 0)
 
 
@@ -244,7 +244,7 @@ def add_nodes(
     )
     lost = slot == NO_SLOT if valid is None else valid & (slot == NO_SLOT)
     store = _replace(store, nodes=nodes)
-    store = _count(store, node_evictions=jnp.sum(evicted), not_stored=jnp.sum(lost))
+    store = _count(store, node_evictions=evicted, not_stored=lost)
     return store, _handle(store, nodes, slot, pools.total_slots(store.roots))
 
 
@@ -348,29 +348,24 @@ def count_lookups(
 ) -> Store:
     """Takes a batch of look-ups into the statistics; `asked` [B] bool are the rows that looked."""
     hits = {"root_pool_hits": found.root, "node_pool_hits": found.node}
-    amounts = {name: jnp.sum(asked & (slot != NO_SLOT)) for name, slot in hits.items()}
-    amounts |= {"queries": jnp.sum(asked), "misses": jnp.sum(asked & ~found.hit)}
-    amounts |= {"false_matches": jnp.sum(asked & found.false_match)}
+    amounts = {name: asked & (slot != NO_SLOT) for name, slot in hits.items()}
+    amounts |= {"queries": asked, "misses": asked & ~found.hit}
+    amounts |= {"false_matches": asked & found.false_match}
     if roots_only:
-        amounts |= {"root_queries": jnp.sum(asked), "root_hits": jnp.sum(asked & found.hit)}
+        amounts |= {"root_queries": asked, "root_hits": asked & found.hit}
     return _count(store, **amounts)
 
 
 def count_rebuilt(store: Store, rows: jax.Array) -> Store:
     """Counts windows that were computed again after a miss: `rows` [B] bool."""
-    return _count(store, rebuilt=jnp.sum(rows))
+    return _count(store, rebuilt=rows)
 
 
 def count_padding(store: Store, length: jax.Array, rows: jax.Array) -> Store:
     """Counts the padding that aligning the chosen `rows` [B] bool of lengths [B] would take."""
     pads = jnp.where(rows, jnp.max(jnp.where(rows, length, 0)) - length, 0)
-    store = _count(
-        store,
-        batches=jnp.any(rows),
-        unequal_batches=jnp.any(pads > 0),
-        padded_rows=jnp.sum(pads > 0),
-        pad_tokens=jnp.sum(pads),
-    )
+    store = _count(store, padded_rows=pads > 0, pad_tokens=pads)
+    store = _count(store, batches=jnp.any(rows), unequal_batches=jnp.any(pads > 0))
     counters = statistics.maximum(store.counters, largest_pad=jnp.max(pads))
     return _replace(store, counters=counters)
 

@@ -216,8 +216,8 @@ def _file(
     keep = correction.shape[0] if keep is None else keep
     entries = _write(pool.entries, batch, slot, length, pad, correction, raw, keep)
     filed = _replace(filed, entries=entries)
-    evictions = {"root_evictions" if is_root else "node_evictions": jnp.sum(evicted)}
-    lost = jnp.sum(valid & (slot == NO_SLOT))
+    evictions = {"root_evictions" if is_root else "node_evictions": evicted}
+    lost = valid & (slot == NO_SLOT)
     counters = statistics.add(store.counters, not_stored=lost, **evictions)
     store = _replace(store, counters=counters)
     if not is_root:
