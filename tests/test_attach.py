@@ -158,7 +158,8 @@ def test_torch_owns_the_batch_alone():
     def read():
         wm.retrieve_or_generate_kvcache(latent, 4, 0, np.zeros(4, int))
         wm.trim_and_pad_kv_cache(is_init_infer=False)
-        return [layer._k_cache._cache for layer in wm.keys_values_wm]
+        size = wm.keys_values_wm.size
+        return [layer._k_cache._cache[:, :, :size] for layer in wm.keys_values_wm]
 
     first = read()
     kept = [x.clone() for x in first]
@@ -273,7 +274,7 @@ def test_what_waits_to_be_filed_is_found_unless_it_was_forgotten():
     wm, driver = twin.world_model, Driver(twin, 4)
     for forget in (None, handle.on_params_update, wm.past_kv_cache_recurrent_infer.clear):
         driver.step(2)
-        latent, _, _ = state_of(wm).bridge.scope.pending[0].filed()
+        latent, *_ = state_of(wm).bridge.scope.pending[0].filed()
         if forget is not None:
             forget()
         hits = wm.hit_count

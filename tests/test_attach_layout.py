@@ -1,5 +1,7 @@
 """Look-up and filing in LightZero's layout against the ops on single windows, in numpy."""
 
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -23,180 +25,222 @@ def describe(lengths, valid=None):
     return np.stack([np.arange(rows), valid]).astype(np.int32)
 
 
-def random_batch(rng, lengths):
+def random_batch(rng, lengths, end=C - 1, room=None):
     """Windows [B, C, L, 2, H, D] and the aligned batch of them, garbage behind its end."""
-    size = max(lengths)
     kv = rng.normal(size=(len(lengths), C, L, 2, H, D)).astype(np.float32)
-    batch = np.full((L, 2, len(lengths), H, C, D), np.nan, np.float32)
-    batch[:, :, :, :, :size] = 0
+    shape = L, 2, len(lengths), H, room or layout.slots(C), D
+    batch = np.full(shape, np.nan, np.float32)
+    batch[:, :, :, :, :end] = 0
     for row, length in enumerate(lengths):
         kv[row, length:] = 0
-        tokens = kv[row, :length].transpose(1, 2, 3, 0, 4)
-        batch[:, :, row, :, size - length : size] = tokens
+        batch[:, :, row, :, end - length : end] = in_layout(kv[row, :length])
     return kv, batch
+
+
+def in_layout(tokens):
+    """Tokens [N, L, 2, H, D] as [L, 2, H, N, D]."""
+    return np.transpose(tokens, (1, 2, 3, 0, 4))
+
+
+NO_CORRECTION = np.zeros((L, 2, H, K, D), np.float32)
+
+
+def init():
+    return layout.init(SMALL, ENVS, 4, root_slots=2)
+
+
+def file(filed, batch, latent, lengths, rows=None, correction=NO_CORRECTION, **options):
+    options = {"end": np.int32(C - 1), "is_root": False} | options
+    rows = describe(lengths) if rows is None else rows
+    end = options.pop("end")
+    return layout.file(filed, batch, end, latent, rows, np.int32(lengths), correction, **options)
 
 
 @pytest.mark.parametrize("is_root", [True, False])
 @pytest.mark.parametrize("lengths", [(3, 1, 5, 1, 3), (7, 3, 5, 7, 1), (7, 7, 7, 7, 7), (1,)])
 def test_filed_windows_are_slid_and_come_back_aligned(lengths, is_root):
     rng = np.random.default_rng(0)
-    store = stores.init_store(SMALL, ENVS, 4, root_slots=2)
-    kv, batch = random_batch(rng, lengths)
+    end = max(C - 1, max(lengths))
+    kv, batch = random_batch(rng, lengths, end, room=end + 2)
     latent = rng.normal(size=(len(lengths), 16)).astype(np.float32)
     correction = rng.normal(size=(K, L, 2, H, D)).astype(np.float32)
-    store = layout.file(
-        store, batch, latent, describe(lengths), np.int32(lengths), correction, is_root=is_root
-    )
+    options = {"correction": in_layout(correction), "end": np.int32(end), "is_root": is_root}
+    filed = file(init(), batch, latent, lengths, **options)
     expected = jax.vmap(windows.slide, in_axes=(0, None))(
         Window(jnp.asarray(kv), jnp.asarray(lengths)), jnp.asarray(correction)
     )
-    aligned = windows.trim_and_pad(expected)
-    _, found, info, _ = layout.look_up(store, latent, describe(lengths), roots_only=False)
+    aligned = np.asarray(windows.trim_and_pad(expected).kv)
+    _, found, info, _ = layout.look_up(filed, latent, describe(lengths), roots_only=False)
     np.testing.assert_array_equal(info[0], expected.length)
     where = layout.IN_ROOTS if is_root else layout.IN_NODES
     np.testing.assert_array_equal(info[1], where)
-    np.testing.assert_array_equal(np.transpose(found, (2, 4, 0, 1, 3, 5)), aligned.kv)
+    size = int(max(expected.length))
+    found = np.transpose(found, (2, 4, 0, 1, 3, 5))
+    np.testing.assert_array_equal(found[:, K - size : K], aligned[:, :size])
+    assert not found[:, : K - size].any()
+
+
+@pytest.mark.parametrize("end", [K, K + 1, C + K])
+def test_rows_may_end_anywhere_behind_the_first_slots(end):
+    rng = np.random.default_rng(0)
+    lengths = (3, 1, 5)
+    kv, batch = random_batch(rng, lengths, end, room=C + K)
+    latent = rng.normal(size=(3, 16)).astype(np.float32)
+    filed = file(init(), batch, latent, lengths, end=np.int32(end))
+    _, found, info, _ = layout.look_up(filed, latent, describe(lengths), roots_only=False)
+    assert np.asarray(info[0]).tolist() == [3, 1, 5]
+    for row, length in enumerate(lengths):
+        expected = in_layout(kv[row, :length])
+        np.testing.assert_array_equal(found[:, :, row, :, K - length : K], expected)
+
+
+def test_a_full_window_may_keep_less():
+    """As main's exact windows do, which keep the latest latent alone."""
+    rng = np.random.default_rng(0)
+    lengths = (7, 3)
+    kv, batch = random_batch(rng, lengths)
+    latent = rng.normal(size=(2, 16)).astype(np.float32)
+    filed = file(init(), batch, latent, lengths, keep=1)
+    _, found, info, _ = layout.look_up(filed, latent, describe(lengths), roots_only=False)
+    assert np.asarray(info[0]).tolist() == [1, 3]
+    np.testing.assert_array_equal(found[:, :, 0, :, K - 1], in_layout(kv[0, 6:7])[..., 0, :])
+    assert not np.asarray(found)[:, :, 0, :, : K - 1].any()
 
 
 def test_rows_that_miss_or_do_not_count():
-    """A miss gets one slot of its own; rows that are not valid align nothing and store nothing."""
+    """A miss gets one slot of its own; rows that are not valid store nothing."""
     rng = np.random.default_rng(0)
-    store = stores.init_store(SMALL, ENVS, 4, root_slots=2)
     lengths = (3, 5, 3, 1, 1)
-    _, batch = random_batch(rng, lengths)
+    kv, batch = random_batch(rng, lengths)
     latent = rng.normal(size=(5, 16)).astype(np.float32)
-    zero = np.zeros((K, L, 2, H, D), np.float32)
     rows = describe(lengths, valid=[1, 0, 1, 1, 1])
-    shifted = batch[:, :, :, :, 2:]  # without row 1 the batch ends at 3
-    shifted = np.concatenate([shifted, batch[:, :, :, :, :2]], axis=4)
-    store = layout.file(store, shifted, latent, rows, np.int32(lengths), zero, is_root=False)
+    filed = file(init(), batch, latent, lengths, rows)
     latent = latent * [[1], [1], [0], [1], [1]]  # the call may still be reading the old one
-    counters, found, info, _ = layout.look_up(store, latent, rows, roots_only=False)
+    counters, found, info, _ = layout.look_up(filed, latent, rows, roots_only=False)
     assert np.asarray(info).tolist() == [[3, 1, 1, 1, 1], [2, 0, 0, 2, 2]]
-    assert not np.asarray(found)[:, :, 2].any()
-    np.testing.assert_array_equal(found[:, :, 3, :, 2], batch[:, :, 3, :, 4])
-    assert not np.asarray(found)[:, :, 3, :, :2].any()
-    assert stores.stats(layout.with_counters(store, counters))["misses"] == 1
-    _, _, roots, _ = layout.look_up(store, latent, rows, roots_only=True)
+    assert not np.asarray(found)[:, :, 1:3].any()
+    np.testing.assert_array_equal(found[:, :, 3, :, K - 1], in_layout(kv[3, :1])[..., 0, :])
+    assert not np.asarray(found)[:, :, 3, :, : K - 1].any()
+    _, _, roots, _ = layout.look_up(filed, latent, rows, roots_only=True)
     assert not np.asarray(roots[1]).any()
+    stats = stores.stats(layout.with_counters(filed, counters).store)
+    assert (stats["queries"], stats["misses"], stats["node_pool_hits"]) == (4, 1, 3)
+    assert (stats["padded_rows"], stats["pad_tokens"], stats["largest_pad"]) == (3, 6, 2)
 
 
-def test_of_equal_latents_the_last_one_stays():
+def test_equal_latents_share_a_slot_and_the_last_one_stays():
     rng = np.random.default_rng(0)
-    store = stores.init_store(SMALL, ENVS, 4, root_slots=2)
-    lengths = (1, 7, 3)
+    lengths = (3, 5, 3)
     kv, batch = random_batch(rng, lengths)
     latent = np.ones((3, 16), np.float32)
     rows = describe(lengths)
     rows[layout.ENV] = 0
-    zero = np.zeros((K, L, 2, H, D), np.float32)
-    store = layout.file(store, batch, latent, rows, np.int32(lengths), zero, is_root=False)
-    _, found, info, _ = layout.look_up(store, latent[:1], rows[:, :1], roots_only=False)
+    filed = file(init(), batch, latent, lengths, rows)
+    _, found, info, _ = layout.look_up(filed, latent[:1], rows[:, :1], roots_only=False)
     assert info[0, 0] == 3
-    np.testing.assert_array_equal(np.transpose(found[:, :, 0], (3, 0, 1, 2, 4))[:3], kv[2, :3])
+    np.testing.assert_array_equal(found[:, :, 0, :, K - 3 : K], in_layout(kv[2, :3]))
+    assert not np.asarray(found)[:, :, 0, :, : K - 3].any()
 
 
 def test_more_rows_than_slots():
     """Four nodes fit; of five rows the last four stay."""
     rng = np.random.default_rng(0)
-    store = stores.init_store(SMALL, 1, 4, root_slots=2)
+    filed = layout.init(SMALL, 1, 4, root_slots=2)
     lengths = (3, 5, 1, 7, 5)
-    _, batch = random_batch(rng, lengths)
+    kv, batch = random_batch(rng, lengths)
     latent = rng.normal(size=(5, 16)).astype(np.float32)
     rows = describe(lengths)
     rows[layout.ENV] = 0
-    zero = np.zeros((K, L, 2, H, D), np.float32)
-    store = layout.file(store, batch, latent, rows, np.int32(lengths), zero, is_root=False)
-    _, _, info, _ = layout.look_up(store, latent, rows, roots_only=False)
+    filed = file(filed, batch, latent, lengths, rows)
+    _, found, info, _ = layout.look_up(filed, latent, rows, roots_only=False)
     assert np.asarray(info).tolist() == [[1, 5, 1, 5, 5], [0, 2, 2, 2, 2]]
-    stats = stores.stats(store)
+    np.testing.assert_array_equal(found[:, :, 1, :, :K], in_layout(kv[1, :5]))
+    stats = stores.stats(filed.store)
     assert (stats["nodes_stored"], stats["not_stored"], stats["node_evictions"]) == (4, 1, 1)
 
 
-def test_filing_moves_the_store_and_copies_no_table():
+def test_filing_moves_what_is_filed_and_copies_no_table():
     """The tables are updated where they are; what is needed besides is of the batch's size."""
-    config = SMALL
-    store = stores.init_store(config, 8, 500, root_slots=2)
-    batch = np.zeros((L, 2, 8, H, C, D), np.float32)
-    latent = np.zeros((8, 16), np.float32)
-    zero = np.zeros((K, L, 2, H, D), np.float32)
-    compiled = layout.file.lower(
-        store, batch, latent, describe([7] * 8), np.int32([7] * 8), zero, is_root=False
-    ).compile()
+    filed = jax.device_put(layout.init(SMALL, 8, 500, root_slots=2))
+    batch = np.zeros((L, 2, 8, H, layout.slots(C), D), np.float32)
+    latent, lengths = np.zeros((8, 16), np.float32), np.int32([7] * 8)
+    filing = batch, np.int32(C - 1), latent, describe(lengths), lengths, NO_CORRECTION
+    compiled = layout.file.lower(filed, *filing, is_root=False).compile()
     needed = compiled.memory_analysis().temp_size_in_bytes
-    assert needed < store.nodes.entries.kv.nbytes / 20
-    place = store.nodes.entries.kv.unsafe_buffer_pointer()
-    store = jax.device_put(store)
-    place = store.nodes.entries.kv.unsafe_buffer_pointer()
-    store = layout.file(
-        store, batch, latent, describe([7] * 8), np.int32([7] * 8), zero, is_root=False
-    )
-    assert store.nodes.entries.kv.unsafe_buffer_pointer() == place
+    assert needed < filed.kv.nbytes / 20
+    place = filed.kv.unsafe_buffer_pointer()
+    filed = layout.file(filed, *filing, is_root=False)
+    assert filed.kv.unsafe_buffer_pointer() == place
+
+
+def test_between_simulations_neither_the_batch_nor_a_table_is_copied():
+    filed = jax.device_put(layout.init(SMALL, 8, 500, root_slots=2))
+    batch = jnp.zeros((L, 2, 8, H, layout.slots(C), D))
+    arrays, structure = layout.take_apart(filed)
+    notes = np.zeros((2, 8, 16 + 2), np.float32)
+    known = jnp.zeros((2, 8), jnp.int32)
+    between = layout.file_and_look_up(structure)
+    compiled = between.lower(batch, known, *arrays, NO_CORRECTION, None, notes).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < batch.nbytes / 4
 
 
 def test_filing_and_looking_up_in_one_call_is_one_after_the_other():
     rng = np.random.default_rng(0)
-    zero = np.zeros((K, L, 2, H, D), np.float32)
     known, fresh = (rng.normal(size=(4, 16)).astype(np.float32) for _ in range(2))
     asked = np.concatenate([fresh[[1, 0]], known[3:] + 1, known[3:]])
-    stores_, outputs = [], []
+    results, outputs = [], []
     for together in (False, True):
         rng = np.random.default_rng(1)
-        store = stores.init_store(SMALL, ENVS, 4, root_slots=2)
-        filings = []
-        for latent, lengths in ((known, (5, 1, 1, 7)), (fresh, (7, 3, 3, 1))):
-            filing = latent, describe(lengths), np.int32(lengths), zero
-            filings.append((random_batch(rng, lengths)[1], filing))
-        (roots, filing), (batch, later) = filings
-        later[1][layout.ENV] = [1, 0, 2, 3]  # not the rows' environments of the look-up
-        store = layout.file(store, roots, *filing, is_root=True)
+        _, roots = random_batch(rng, (5, 1, 1, 7))
+        filed = file(init(), roots, known, (5, 1, 1, 7), is_root=True)
+        lengths = (7, 3, 3, 5)
+        _, batch = random_batch(rng, lengths)
+        of_rows = describe(lengths)
+        of_rows[layout.ENV] = [1, 0, 2, 3]  # not the rows' environments of the look-up
+        correction = rng.normal(size=NO_CORRECTION.shape).astype(np.float32)
         rows = describe((0, 0, 0, 0))
         if together:
-            latent, of_rows, length, correction = later
-            notes = np.zeros((2, 4, 16 + 3), np.float32)
-            notes[:, :, :16] = latent, asked
-            notes[layout.FILED, :, layout.LENGTH] = length
+            notes = np.zeros((2, 4, 16 + 2), np.float32)
+            notes[:, :, :16] = fresh, asked
             notes[:, :, layout.ROWS] = of_rows.T, rows.T
-            lent = jnp.full_like(batch, np.nan), jnp.full((2, 4), 99, jnp.int32)
-            arrays, structure = layout.take_apart(store)
-            (found, known, *changed), raw = layout.file_and_look_up(structure)(
-                *lent, *arrays, batch, correction, None, notes
+            were_found = jnp.array([np.int32(lengths) - 2, [99] * 4])
+            arrays, structure = layout.take_apart(filed)
+            (found, info, *changed), raw = layout.file_and_look_up(structure)(
+                jnp.asarray(batch), were_found, *arrays, correction, None, notes
             )
             assert len(changed) == layout.changing(structure) < len(arrays)
-            store = layout.put_together([*changed, *arrays[len(changed) :]], structure)
-            out = [found, known, raw]
+            filed = layout.put_together([*changed, *arrays[len(changed) :]], structure)
+            out = [found, info, raw]
         else:
-            store = layout.file(store, batch, *later, is_root=False)
-            counters, *out = layout.look_up(store, asked, rows, roots_only=False)
-            store = layout.with_counters(store, counters)
-        stores_.append(store)
-        out[0] = out[0][..., :5, :]  # behind the longest row is what was there before
+            filed = file(filed, batch, fresh, lengths, of_rows, correction)
+            counters, *out = layout.look_up(filed, asked, rows, roots_only=False)
+            filed = layout.with_counters(filed, counters)
+        out[0] = out[0][..., :K, :]  # behind the rows is what was there before
+        results.append(filed)
         outputs.append(out)
     assert np.asarray(outputs[1][1]).tolist() == [[3, 5, 1, 5], [2, 2, 0, 1]]
     chex.assert_trees_all_equal(*outputs)
-    chex.assert_trees_all_equal(*stores_)
+    # The last window is nobody's.
+    results = [dataclasses.replace(x, kv=x.kv[: layout.UNREAD]) for x in results]
+    chex.assert_trees_all_equal(*results)
 
 
 def test_clearing():
     rng = np.random.default_rng(0)
-    store = stores.init_store(SMALL, ENVS, 4, root_slots=2)
-    lengths = (1, 1, 1)
+    filed, lengths = init(), (1, 1, 1)
     _, batch = random_batch(rng, lengths)
     latent = rng.normal(size=(3, 16)).astype(np.float32)
-    zero = np.zeros((K, L, 2, H, D), np.float32)
     for is_root in (True, False):
-        store = layout.file(
-            store, batch, latent, describe(lengths), np.int32(lengths), zero, is_root=is_root
-        )
+        filed = file(filed, batch, latent, lengths, is_root=is_root)
 
-    def counts(store):
-        stats = stores.stats(store)
+    def counts(filed):
+        stats = stores.stats(filed.store)
         return stats["roots_stored"], stats["nodes_stored"]
 
     none, second = np.zeros(ENVS, bool), np.arange(ENVS) == 1
-    assert counts(store) == (3, 3)
-    store = layout.clear(store, second, np.bool_(False))
-    assert counts(store) == (2, 3)
-    store = layout.clear(store, none, np.bool_(True))
-    assert counts(store) == (2, 0)
-    assert counts(layout.new_epoch(store)) == (0, 0)
+    assert counts(filed) == (3, 3)
+    filed = layout.clear(filed, second, np.bool_(False))
+    assert counts(filed) == (2, 3)
+    filed = layout.clear(filed, none, np.bool_(True))
+    assert counts(filed) == (2, 0)
+    assert counts(layout.new_epoch(filed)) == (0, 0)

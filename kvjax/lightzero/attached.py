@@ -120,6 +120,7 @@ class AttachedMethods(_WorldModel):  # type: ignore[misc]
         bridge, env_ids = state.bridge, _env_ids(self, ready_env_num)
         if not simulation_index:  # no update interrupts a search
             bridge.follow_weights(self, thorough=False)
+        root_step.let_go(self, bridge)
         batch = bridge.look_up(latent_state[:ready_env_num], env_ids, roots_only=False)
         root_step.fill_missed(self, batch, latent_state, start_pos)
         if state.shadow.mode:
@@ -179,13 +180,12 @@ class AttachedMethods(_WorldModel):  # type: ignore[misc]
             lengths = valid_context_lengths
             if lengths is None or not (bridge.mask_padding or bridge.description.masks_padding):
                 lengths = [keys_values.size] * count
-        memory = bridge.memory_of(keys_values, count)
-        tokens = None
+        written, tokens = bridge.written(keys_values, count), None
         if bridge.description.exact:
-            exact.renew_full_rows(self, memory, latent_state, lengths)
+            exact.renew_full_rows(self, written, latent_state, lengths)
         if bridge.description.keeps_tokens:
             tokens = self.keys_values_wm_token_context_list
-        bridge.file(memory, lengths, latent_state, ids, tokens, is_root=is_init_infer)
+        bridge.file(written, lengths, latent_state, ids, tokens, is_root=is_init_infer)
         if state.shadow.mode:
             bridge.settle()  # LightZero's code writes to the memory
             with state.original_code():

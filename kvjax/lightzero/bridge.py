@@ -19,10 +19,9 @@ from kvjax import store as stores
 from kvjax.compilation import on_cpu
 from kvjax.config import require
 from kvjax.lightzero import layout, module
-from kvjax.lightzero.caches import Batch, holds, stacked, views_of
+from kvjax.lightzero.caches import Batch, Written, make_batch, memory_of, written
 from kvjax.lightzero.exchange import Exchange, as_argument
 from kvjax.statistics import Statistics
-from kvjax.types import Store
 
 Array = np.ndarray[Any, Any]
 
@@ -36,8 +35,8 @@ class Scope:
 
     def __init__(self, description: module.Description) -> None:
         self._description = description
-        self.store = _empty_store(description)
-        self.pending: tuple[Exchange, Any, tuple[Any, ...]] | None = None  # see `file_later`
+        self.filed = _nothing_filed(description)
+        self.pending: tuple[Exchange, tuple[Any, ...]] | None = None  # see `file_later`
         self._exchanges: dict[int, Exchange] = {}  # by B'
         self._stale_roots = np.zeros(description.num_envs, bool)
         self._stale_nodes = self._is_stale = False
@@ -45,25 +44,25 @@ class Scope:
         self.outdated = np.zeros(description.num_envs, bool)
 
     @property
-    def store(self) -> Store:
-        """The store; an empty one if an interrupt kept a call from giving back what it took."""
+    def filed(self) -> layout.Filed:
+        """All windows; none if an interrupt kept a call from giving back what it took."""
         return layout.put_together(self._arrays(), self._structure)
 
-    @store.setter
-    def store(self, store: Store) -> None:
-        self._parts, self._structure = layout.take_apart(store)
+    @filed.setter
+    def filed(self, filed: layout.Filed) -> None:
+        self._parts, self._structure = layout.take_apart(filed)
         self._between = layout.file_and_look_up(self._structure, self._description.kept)
 
     def _arrays(self) -> list[jax.Array]:
         if self._parts[0].is_deleted():
-            self.store = _empty_store(self._description)
+            self.filed = _nothing_filed(self._description)
         return self._parts
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Scope":
         # A store is donated by whoever writes to it: two owners cannot share one.
         self.settle()
         twin = copy.copy(self)
-        twin.store, twin._exchanges = jax.tree.map(jnp.copy, self.store), {}
+        twin.filed, twin._exchanges = jax.tree.map(jnp.copy, self.filed), {}
         twin._stale_roots, twin.outdated = self._stale_roots.copy(), self.outdated.copy()
         return twin
 
@@ -78,84 +77,109 @@ class Scope:
     def settle(self) -> None:
         """Files what is pending, and waits until that is done."""
         if self.pending is not None:
-            (exchange, memory, rest), self.pending = self.pending, None
-            self.file(memory, *exchange.filed(), *rest)
+            (exchange, rest), self.pending = self.pending, None
+            self._file(exchange.batch, self._grown_end, *exchange.filed(), *rest)
 
-    def file(
-        self,
-        memory: Any,
-        latent: Array,
-        rows: Array,
-        length: Array,
-        *rest: Any,
-        is_root: bool = False,
-    ) -> None:
+    def file(self, caches: Written, *filing: Any, is_root: bool) -> None:
         """Files windows and waits until that is done; see `layout.file`."""
-        keep = self._description.kept
-        filing = as_argument(memory), latent, rows, length, *rest
-        self.store = layout.file(self.store, *filing, is_root=is_root, keep=keep)
-        # One computation: when one of its results is there it no longer reads what torch lent.
-        self.store.counters.block_until_ready()
+        self._file(as_argument(caches.memory), caches.end, *filing, is_root=is_root)
 
-    def file_later(
-        self, memory: Any, latent: Array, rows: Array, lengths: Sequence[int], *rest: Any
-    ) -> None:
+    def _file(self, batch: Any, end: int, *filing: Any, is_root: bool = False) -> None:
+        where, keep = (batch, np.int32(end)), self._description.kept
+        self.filed = layout.file(self.filed, *where, *filing, is_root=is_root, keep=keep)
+        # One computation: when one of its results is there it no longer reads what torch lent.
+        self.filed.kv.block_until_ready()
+
+    @property
+    def _grown_end(self) -> int:
+        """Where the rows of a batch end that grew by a block."""
+        return self._description.config.context_length - 1
+
+    def can_file_later(self, caches: Written, rows: Array, lengths: Sequence[int]) -> bool:
+        """Whether these are the rows that were looked up last, grown by a block."""
+        exchange = self._exchanges.get(rows.shape[1])
+        is_grown = exchange is not None and exchange.is_grown(caches.memory, list(lengths))
+        return is_grown and caches.end == self._grown_end
+
+    def file_later(self, latent: Array, rows: Array, *rest: Any) -> None:
         """Files a simulation's windows with the next look-up, since one call is cheaper than two.
 
         Until then, or until `settle`, the memory must stay as it is; latents may change.
         """
-        capacity = memory.shape[1]
-        if capacity not in self._exchanges:
-            layers, two, *token = self._description.cache_shape
-            shape = layers, two, capacity, *token
-            self._exchanges[capacity] = Exchange(shape, latent.shape[1])
-        exchange = self._exchanges[capacity]
-        exchange.note_filed(latent, lengths, rows)
-        self.pending = exchange, memory, rest
+        exchange = self._exchanges[rows.shape[1]]
+        exchange.note_filed(latent, rows)
+        self.pending = exchange, rest
 
-    def look_up(self, latent: Array, rows: Array, *, roots_only: bool) -> Batch:
-        """Finds and aligns the windows of latents [B, E]."""
-        pending, (count, capacity) = self.pending, (len(latent), rows.shape[1])
-        if pending is None or roots_only or self._is_stale or pending[0].rows != capacity:
-            self.clean()
-            counters, found, info, raw = layout.look_up(
-                self.store, _padded(latent, capacity), rows, roots_only=roots_only
-            )
-            self.store = layout.with_counters(self.store, counters)
-            lengths, sources = np.asarray(info)[:, :count].tolist()
-            memory = dlpack.hand_over(found).flatten(0, 1)
-            batch = Batch(memory, views_of(memory, count), lengths, sources)
+    def look_up(
+        self, latent: Array, rows: Array, correction: jax.Array, *, roots_only: bool
+    ) -> Batch:
+        """Finds and aligns the windows of latents [B, E].
+
+        No tensor should hold the memory of the last simulation's batch any more, or XLA copies it.
+        """
+        if roots_only or not on_cpu():
+            batch, raw = self._look_up_apart(latent, rows, roots_only=roots_only)
         else:
-            batch, raw = self._file_and_look_up(*pending, latent, rows)
+            batch, raw = self._file_and_look_up(latent, rows, correction)
         return batch if raw is None else _replace(batch, tokens=_unpad(raw, batch.lengths))
 
-    def _file_and_look_up(
-        self, exchange: Exchange, memory: Any, rest: tuple[Any, ...], latent: Array, rows: Array
+    def _look_up_apart(
+        self, latent: Array, rows: Array, *, roots_only: bool
     ) -> tuple[Batch, jax.Array | None]:
-        self.pending = None
-        del self._exchanges[exchange.rows]  # whoever interrupts this leaves no half of it behind
-        exchange.note_asked(latent, rows)
-        changed, raw = self._between(
-            *exchange.lend(), *self._arrays(), exchange.source(memory), *rest, exchange.notes
+        self.clean()
+        counters, found, info, raw = layout.look_up(
+            self.filed, _padded(latent, rows.shape[1]), rows, roots_only=roots_only
         )
+        self.filed = layout.with_counters(self.filed, counters)
+        lengths, sources = np.asarray(info)[:, : len(latent)].tolist()
+        layers, two, *shape = found.shape
+        memory = memory_of(dlpack.hand_over(found).flatten(), (layers * two, *shape))
+        length = self._description.config.context_length
+        return make_batch(memory, length, lengths, sources), raw
+
+    def _file_and_look_up(
+        self, latent: Array, rows: Array, correction: jax.Array
+    ) -> tuple[Batch, jax.Array | None]:
+        capacity = rows.shape[1]
+        if self._is_stale or (self.pending is not None and self.pending[0].rows != capacity):
+            self.clean()
+        pending, self.pending = self.pending, None
+        # Whoever interrupts this leaves no half of an exchange behind.
+        exchange = self._exchanges.pop(capacity, None)
+        if exchange is None:
+            shape = self._description.cache_shape
+            exchange = Exchange(shape, capacity, self._description.config.embed_dim)
+        if pending is None:
+            exchange.note_nothing_filed()
+            rest: tuple[Any, ...] = correction, self._no_tokens(capacity)
+        else:
+            _, rest = pending
+        exchange.note_asked(latent, rows)
+        changed, raw = self._between(*exchange.lend(), *self._arrays(), *rest, exchange.notes)
         found, known, *arrays = changed
         self._parts[: len(arrays)] = arrays
         batch = exchange.take((found, known), len(latent))
-        self._exchanges[exchange.rows] = exchange
+        self._exchanges[capacity] = exchange
         return batch, raw
+
+    def _no_tokens(self, capacity: int) -> Array | None:
+        description = self._description
+        if not description.keeps_tokens:
+            return None
+        return np.zeros((capacity, description.kept, description.config.embed_dim), np.float32)
 
     def clean(self) -> None:
         """Files what is pending and forgets what is stale."""
         self.settle()
         if self._is_stale:
-            self.store = layout.clear(self.store, self._stale_roots, np.bool_(self._stale_nodes))
+            self.filed = layout.clear(self.filed, self._stale_roots, np.bool_(self._stale_nodes))
             self._stale_roots[:], self._stale_nodes, self._is_stale = False, False, False
 
     def new_epoch(self) -> None:
         """Forgets everything but raw tokens because the weights changed."""
         self.pending = None
-        self.store = layout.new_epoch(self.store)
-        self.outdated[:] = self.store.latest is not None
+        self.filed = layout.new_epoch(self.filed)
+        self.outdated[:] = self.filed.store.latest is not None
 
 
 class Bridge:
@@ -265,22 +289,23 @@ class Bridge:
 
     def look_up(self, latent: Any, env_ids: Sequence[int], *, roots_only: bool) -> Batch:
         """Finds and aligns the windows of latents [B, 1, E]; torch owns what comes back."""
-        rows = self._rows_of(env_ids)
-        self.batch = self.scope.look_up(_on_host(latent), rows, roots_only=roots_only)
+        rows, on_host = self._rows_of(env_ids), _on_host(latent)
+        found = self.scope.look_up(on_host, rows, self._correction, roots_only=roots_only)
+        self.batch = found
         return self.batch
 
     def peek(self, latent: Any, env_ids: Sequence[int], *, roots_only: bool) -> Batch:
         """As `look_up`, counted nowhere."""
         self.scope.clean()
-        counters, batch = self.scope.store.counters, self.batch
+        counters, batch = jnp.copy(self.scope.filed.store.counters), self.batch
         found = self.look_up(latent, env_ids, roots_only=roots_only)
-        self.scope.store = layout.with_counters(self.scope.store, counters)
+        self.scope.filed = layout.with_counters(self.scope.filed, counters)
         self.batch = batch
         return found
 
     def file(
         self,
-        memory: Any,
+        caches: Written,
         lengths: Sequence[int],
         latent: Any,
         env_ids: Sequence[int],
@@ -288,7 +313,7 @@ class Bridge:
         *,
         is_root: bool,
     ) -> None:
-        """Stores the windows in a batch's memory under latents [B, 1, E].
+        """Stores rows under latents [B, 1, E].
 
         Those of a simulation wait, see `Scope.file_later`.
 
@@ -298,13 +323,13 @@ class Bridge:
         scope, kept, capacity = self.scope, self.description.kept, rows.shape[1]
         raw = None if tokens is None else _raw_tokens(tokens, kept, capacity)
         scope.clean()
-        if not is_root and on_cpu() and memory.is_cpu and memory.shape[1] == capacity:
-            scope.file_later(memory, latent, rows, lengths, self._correction, raw)
+        if not is_root and scope.can_file_later(caches, rows, lengths):
+            scope.file_later(latent, rows, self._correction, raw)
             return
         length = np.zeros(capacity, np.int32)
         length[: len(latent)] = lengths
         filing = _padded(latent, capacity), rows, length, self._correction, raw
-        scope.file(memory, *filing, is_root=is_root)
+        scope.file(caches, *filing, is_root=is_root)
         if is_root:
             scope.outdated[list(env_ids)] = False
 
@@ -313,16 +338,14 @@ class Bridge:
         for scope in self._scopes.values():
             scope.settle()
 
-    def memory_of(self, keys_values: Any, rows: int) -> Any:
-        """The memory [2 L, B', H, C, D] behind a `KeysValues`: `batch`'s own if it holds that.
+    def written(self, keys_values: Any, rows: int) -> Written:
+        """What a `KeysValues` holds, to be filed.
 
         Raises:
           ValueError: the caches are not float32, or there are more rows than environments.
         """
-        batch = self.batch
-        if batch is not None and holds(keys_values, batch):
-            return batch.memory
-        return stacked(keys_values, self.capacity(rows))
+        length = self.description.config.context_length
+        return written(keys_values, self.batch, self.capacity(rows), length)
 
     def capacity(self, rows: int) -> int:
         """B' of a batch: few different sizes, so that little is compiled.
@@ -362,11 +385,11 @@ class Bridge:
         name = scope or self._active or DEFAULT_SCOPE
         require(name in self._scopes, f"no scope {name!r}, there are {', '.join(self._scopes)}")
         self._scopes[name].clean()
-        return stores.stats(self._scopes[name].store)
+        return stores.stats(self._scopes[name].filed.store)
 
 
-def _empty_store(description: module.Description) -> Store:
-    store = stores.init_store(
+def _nothing_filed(description: module.Description) -> layout.Filed:
+    filed = layout.init(
         description.config,
         description.num_envs,
         description.num_simulations,
@@ -374,7 +397,7 @@ def _empty_store(description: module.Description) -> Store:
         node_slots=description.node_slots,
     )
     # Committed and uncommitted arrays compile twice.
-    placed: Store = jax.device_put(store)
+    placed: layout.Filed = jax.device_put(filed)
     return placed
 
 

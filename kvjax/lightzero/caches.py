@@ -1,23 +1,52 @@
 """A batch of caches in torch's hands: installed in a world model, read back, looked at row by row.
 
-Shapes: B rows, C context_length in tokens, L layers, H heads, D head size. A batch's memory is one
-tensor [2 L, B', H, C, D] with B' >= B, keys and values of each layer in turn; LightZero sees views
-of it, [B, H, C, D] each.
+Shapes: B rows, C context_length in tokens, K = C - 3, L layers, H heads, D head size, M slots of a
+row. A batch's memory is one tensor [2 L, B', H, M, D] with B' >= B, keys and values of each layer
+in turn; all rows end at slot K when they are found. LightZero sees C slots of it, from the first
+one of the longest row on: 2 L tensors [B, H, C, D].
 """
 
 import dataclasses
 from collections.abc import MutableSequence
 from typing import Any
 
-from kvjax.config import require
+from kvjax.config import BLOCK, require
+
+_FLOAT_BYTES = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Float32 memory of a batch. What is rarely looked at is made when somebody does."""
+
+    flat: Any  # tensor [2 L * B' * H * M * D]
+    shape: tuple[int, ...]  # (2 L, B', H, M, D)
+    place: int  # address
+
+    @property
+    def tensor(self) -> Any:
+        """As a tensor [2 L, B', H, M, D]."""
+        return self.flat.view(self.shape)
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Of `shape`, in numbers."""
+        _, rows, heads, slots, size = self.shape
+        return rows * heads * slots * size, heads * slots * size, slots * size, size, 1
+
+
+def memory_of(flat: Any, shape: tuple[int, ...]) -> Memory:
+    """The memory of a flat tensor."""
+    return Memory(flat, shape, flat.data_ptr())
 
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
     """Aligned caches that torch owns alone: the model writes its new tokens into them."""
 
-    memory: Any  # [2 L, B', H, C, D] tensor
-    views: tuple[Any, ...]  # 2 L tensors [B, H, C, D], keys and values of each layer in turn
+    memory: Memory
+    views: list[Any]  # 2 L tensors [B, H, C, D], keys and values of each layer in turn
+    places: list[int]  # their addresses
     lengths: list[int]  # of each row, in tokens
     sources: list[int]  # where each row was found, see `kvjax.lightzero.layout`
     tokens: list[Any] | None = None  # raw ones of each row [length, E], where they are kept
@@ -32,16 +61,47 @@ class Batch:
         """Rows that were found."""
         return len(self.sources) - self.sources.count(0)
 
+    @property
+    def device(self) -> Any:
+        """Where the caches are."""
+        return self.memory.flat.device
 
-def views_of(memory: Any, rows: int) -> tuple[Any, ...]:
-    """A batch's memory as the caches of its first rows: 2 L tensors [rows, H, C, D]."""
-    views: tuple[Any, ...] = (memory if rows == memory.shape[1] else memory[:, :rows]).unbind()
-    return views
+
+def make_batch(
+    memory: Memory, context_length: int, lengths: list[int], sources: list[int]
+) -> Batch:
+    """A batch of the first rows of a memory, one for each length."""
+    caches, _, heads, _, size = memory.shape
+    step, *strides = memory.strides
+    start = (_found_end(context_length) - max(lengths)) * size
+    starts = range(start, start + caches * step, step)
+    # One call for each view: a slice of all of them and its parts take twice as long.
+    shape, flat = (len(lengths), heads, context_length, size), memory.flat
+    views = [flat.as_strided(shape, strides, first) for first in starts]
+    places = [memory.place + _FLOAT_BYTES * first for first in starts]
+    return Batch(memory, views, places, lengths, sources)
 
 
-def empty_batch(memory: Any, rows: int) -> Batch:
-    """Rows of no tokens in zeroed memory."""
-    return Batch(memory, views_of(memory, rows), [0] * rows, [0] * rows)
+def _found_end(context_length: int) -> int:
+    """K: behind this slot the rows of a batch end that was just found."""
+    return context_length - 1 - BLOCK
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """Rows of caches to be filed."""
+
+    memory: Memory
+    end: int  # behind this slot all rows end, zeros before them
+
+
+def written(keys_values: Any, batch: Batch | None, capacity: int, context_length: int) -> Written:
+    """The rows that a `KeysValues` holds: in `batch`'s own memory if it is that, else copied."""
+    found_end, size = _found_end(context_length), keys_values._keys_values[0]._k_cache._size
+    if batch is not None and holds(keys_values, batch):
+        return Written(batch.memory, found_end - batch.size + size)
+    copied = _stacked(keys_values, capacity, found_end)
+    return Written(memory_of(copied.flatten(), tuple(copied.shape)), found_end + size)
 
 
 def install(keys_values: Any, batch: Batch, size: int) -> None:
@@ -52,6 +112,12 @@ def install(keys_values: Any, batch: Batch, size: int) -> None:
             cache._cache, cache._size = next(views), size
 
 
+def release(keys_values: Any) -> None:
+    """Lets go of the batch that a `KeysValues` holds, so that its memory can be used again."""
+    for layer in keys_values._keys_values:
+        layer._k_cache._cache = layer._v_cache._cache = None
+
+
 def tensors(keys_values: Any) -> list[Any]:
     """The 2 L cache tensors of a `KeysValues`, keys and values of each layer in turn."""
     layers = keys_values._keys_values
@@ -60,12 +126,12 @@ def tensors(keys_values: Any) -> list[Any]:
 
 def holds(keys_values: Any, batch: Batch) -> bool:
     """Whether a `KeysValues` is a batch's own memory; updates make new tensors of it."""
-    pairs = zip(tensors(keys_values), batch.views, strict=True)
-    return all(a is b or (a.data_ptr() == b.data_ptr() and a.shape == b.shape) for a, b in pairs)
+    held, shape = tensors(keys_values), batch.views[0].shape
+    return [x.data_ptr() for x in held] == batch.places and all(x.shape == shape for x in held)
 
 
-def stacked(keys_values: Any, capacity: int) -> Any:
-    """Memory [2 L, capacity, H, C, D] with a copy of what a `KeysValues` holds.
+def _stacked(keys_values: Any, capacity: int, before: int) -> Any:
+    """A copy of what a `KeysValues` holds, behind `before` empty slots: [2 L, capacity, H, M, D].
 
     Raises:
       ValueError: the caches are not float32.
@@ -73,14 +139,13 @@ def stacked(keys_values: Any, capacity: int) -> Any:
     import torch
 
     held = tensors(keys_values)
-
     require(
         held[0].dtype is torch.float32,
         f"expected float32 caches, got {held[0].dtype}: attach supports no half precision",
     )
     memory = torch.stack(held).detach()
     missing = capacity - memory.shape[1]
-    return torch.nn.functional.pad(memory, (0, 0, 0, 0, 0, 0, 0, missing)).contiguous()
+    return torch.nn.functional.pad(memory, (0, 0, before, 0, 0, 0, 0, missing)).contiguous()
 
 
 class Rows(MutableSequence[Any]):

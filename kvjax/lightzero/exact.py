@@ -4,6 +4,7 @@ Shapes: B rows, C context_length in tokens, K = C - 3, L layers, H heads, D head
 size.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,16 +12,16 @@ import numpy as np
 
 from kvjax.lightzero import caches, layout
 from kvjax.lightzero.bridge import Bridge
-from kvjax.lightzero.caches import Batch
+from kvjax.lightzero.caches import Batch, Written
 
 
-def renew_full_rows(wm: Any, memory: Any, latent: Any, lengths: Sequence[int]) -> None:
+def renew_full_rows(wm: Any, written: Written, latent: Any, lengths: Sequence[int]) -> None:
     """Writes over the last tokens of full rows what the module makes of them without the oldest.
 
         [a b c d e f g .] -> [a b c' d' e' f' g' .], or [a b c d e f g' .] of the latest latent
 
     Args:
-      memory: [2 L, B', H, C, D] tensor, rows aligned.
+      written: the rows.
       latent: [B, 1, E] tensor.
       lengths: B, in tokens.
     """
@@ -31,8 +32,8 @@ def renew_full_rows(wm: Any, memory: Any, latent: Any, lengths: Sequence[int]) -
         if resets.cache is None:
             return
         rows, offsets = list(resets.offsets), list(resets.offsets.values())
-        end, size = wm.context_length - 1, resets.cache.size
-        for view, renewed in zip(memory, caches.tensors(resets.cache), strict=True):
+        end, size = written.end, resets.cache.size
+        for view, renewed in zip(written.memory.tensor, caches.tensors(resets.cache), strict=True):
             view[rows, :, end - size : end] = renewed[offsets, :, :size]
 
 
@@ -56,7 +57,7 @@ def _recall(wm: Any, bridge: Bridge, latent: Any, env_id: int) -> bool:
 
     scope = bridge.scope
     scope.clean()
-    raw, count = layout.latest_tokens(scope.store, np.int32(env_id))
+    raw, count = layout.latest_tokens(scope.filed.store, np.int32(env_id))
     length = int(count)
     if not length:
         return False
@@ -66,7 +67,8 @@ def _recall(wm: Any, bridge: Bridge, latent: Any, env_id: int) -> bool:
     # As if the window were full: attention is causal, so tokens behind the last one change nothing.
     wm.keys_values_wm_token_context_list = [tokens]
     renewed = wm._prepare_exact_cache_resets(latent, [full]).cache
-    memory = caches.stacked(renewed, bridge.capacity(1))
-    bridge.file(memory, [length], latent, [env_id], [tokens[:length]], is_root=True)
-    scope.store = layout.count_rebuilt(scope.store)
+    written = caches.written(renewed, None, bridge.capacity(1), wm.context_length)
+    written = dataclasses.replace(written, end=written.end - renewed.size + length)
+    bridge.file(written, [length], latent, [env_id], [tokens[:length]], is_root=True)
+    scope.filed = layout.count_rebuilt(scope.filed)
     return True

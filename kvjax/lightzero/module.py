@@ -155,7 +155,7 @@ def _window_mode(wm: Any) -> WindowMode:
 
 
 def slide_correction(wm: Any, description: Description) -> Array:
-    """What a slide adds, from the weights as they are now: [K, L, 2, H, D].
+    """What a slide adds, from the weights as they are now: [L, 2, H, K, D].
 
     Zeros with RoPE and where the module computes windows anew.
     """
@@ -164,13 +164,13 @@ def slide_correction(wm: Any, description: Description) -> Array:
     layers, two, heads, length, size = description.cache_shape
     kept = length - 1 - BLOCK
     if description.rotary or description.exact:
-        return np.zeros((kept, layers, two, heads, size), np.float32)
+        return np.zeros((layers, two, heads, kept, size), np.float32)
     with torch.no_grad():
         table = wm.pos_emb.weight[: length - 1]
         attention = [block.attn for block in wm.transformer.blocks]
         projected = torch.stack([torch.stack([a.key(table), a.value(table)]) for a in attention])
-        projected = projected.reshape(layers, two, length - 1, heads, size).permute(2, 0, 1, 3, 4)
-        difference = projected[:kept] - projected[BLOCK:]
+        projected = projected.reshape(layers, two, length - 1, heads, size).transpose(2, 3)
+        difference = projected[..., :kept, :] - projected[..., BLOCK:, :]
     return np.ascontiguousarray(difference.cpu().numpy())
 
 
@@ -184,7 +184,7 @@ def table_error(wm: Any, correction: Array) -> float:
             for keys, values in zip(wm.pos_emb_diff_k, wm.pos_emb_diff_v, strict=True)
         ]
     )  # [L, 2, H, K, D]
-    error = float(np.abs(own.transpose(3, 0, 1, 2, 4) - correction).max())
+    error = float(np.abs(own - correction).max())
     return error if error > _TABLE_TOLERANCE * max(1.0, float(np.abs(correction).max())) else 0.0
 
 

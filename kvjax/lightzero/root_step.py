@@ -4,15 +4,16 @@ Shapes: B rows, E embedding size, C context_length in tokens.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from kvjax.config import require
-from kvjax.lightzero import caches, exact
+from kvjax.lightzero import caches, exact, layout
 from kvjax.lightzero.bridge import Bridge
-from kvjax.lightzero.caches import Batch, Rows, empty_batch
+from kvjax.lightzero.caches import Batch, Rows, make_batch, memory_of
 from kvjax.lightzero.shadow import Shadow
 from kvjax.step import FIRST_STEP
 
@@ -107,9 +108,9 @@ def _start(wm: Any, bridge: Bridge, batch: RootBatch) -> Any:
 
     count = len(batch.env_ids)
     layers, two, heads, length, size = bridge.description.cache_shape
-    shape = layers * two, bridge.capacity(count), heads, length, size
-    empty = empty_batch(torch.zeros(shape, device=batch.current.device), count)
-    bridge.batch = empty
+    shape = layers * two, bridge.capacity(count), heads, layout.slots(length), size
+    memory = memory_of(torch.zeros(math.prod(shape), device=batch.current.device), shape)
+    bridge.batch = empty = make_batch(memory, length, [0] * count, [layout.MISSED] * count)
     caches.install(wm.keys_values_wm, empty, 0)
     outputs = wm.forward(
         {"obs_embeddings": batch.current},
@@ -178,7 +179,13 @@ def hold(wm: Any, batch: Batch) -> None:
     state["keys_values_wm_list"] = Rows(batch, make_empty)
     state["keys_values_wm_size_list"] = list(batch.lengths)
     if batch.tokens is not None:
-        wm.keys_values_wm_token_context_list = [x.to(batch.memory.device) for x in batch.tokens]
+        wm.keys_values_wm_token_context_list = [x.to(batch.device) for x in batch.tokens]
+
+
+def let_go(wm: Any, bridge: Bridge) -> None:
+    """Undoes `hold`, so that the memory of the batch can be used again."""
+    vars(wm)["keys_values_wm_list"], bridge.batch = [], None
+    caches.release(wm.keys_values_wm)
 
 
 def fill_missed(wm: Any, batch: Batch, latent: Any, start_pos: Any) -> None:
@@ -194,7 +201,7 @@ def fill_missed(wm: Any, batch: Batch, latent: Any, start_pos: Any) -> None:
 
     missed = [row for row, source in enumerate(batch.sources) if not source]
     embeddings = torch.as_tensor(np.asarray(latent) if not hasattr(latent, "to") else latent)
-    embeddings = embeddings[missed].reshape(len(missed), 1, -1).to(batch.memory.device)
+    embeddings = embeddings[missed].reshape(len(missed), 1, -1).to(batch.device)
     positions = np.asarray(start_pos).reshape(-1)
     positions = positions[missed] if len(positions) > 1 else positions.repeat(len(missed))
     alone = wm.transformer.generate_empty_keys_values(n=len(missed), max_tokens=wm.context_length)

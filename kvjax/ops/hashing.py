@@ -28,6 +28,7 @@ _SIGN = np.uint32(0x80000000)
 _INFINITY = np.uint32(0x7F800000)
 _NAN = np.uint32(0x7FC00000)
 _GOLDEN = np.uint32(0x9E3779B9)
+_CHUNK = 64  # entries that are mixed at a time: their lanes, of a whole batch, stay in fast memory
 _MIX_1, _MIX_2 = np.uint32(0x85EBCA6B), np.uint32(0xC2B2AE35)  # murmur3's finaliser
 
 
@@ -42,6 +43,11 @@ def _salts(size: int) -> np.ndarray[Any, Any]:
     """A different constant for every entry and lane: [size, 4] uint32."""
     counter = np.arange(1, size * DIGEST_LANES + 1, dtype=np.uint32)
     return np.asarray(_mix(counter * _GOLDEN)).reshape(size, DIGEST_LANES)
+
+
+def _lanes(bits: jax.Array, salts: Any) -> jax.Array:
+    """Sums of bits [N], mixed with salts [N, 4]: [4] uint32."""
+    return jnp.sum(_mix(bits[:, None] ^ salts), axis=0, dtype=jnp.uint32)
 
 
 def canonical_bits(latent: jax.Array) -> jax.Array:
@@ -69,7 +75,15 @@ def digest(bits: jax.Array) -> jax.Array:
       [4] uint32.
     """
     chex.assert_rank(bits, 1)
-    lanes = jnp.sum(_mix(bits[:, None] ^ _salts(bits.shape[0])), axis=0, dtype=jnp.uint32)
+    size = bits.shape[0]
+    chunks, padding = -(-size // _CHUNK), -size % _CHUNK
+    if chunks > 1:  # what is behind the last entry has no salt and counts nothing, as _mix(0) is 0
+        bits = jnp.pad(bits, (0, padding)).reshape(chunks, _CHUNK)
+        salts = jnp.pad(_salts(size), ((0, padding), (0, 0))).reshape(chunks, _CHUNK, DIGEST_LANES)
+        start = jnp.zeros(DIGEST_LANES, jnp.uint32)
+        lanes = jax.lax.fori_loop(0, chunks, lambda i, x: x + _lanes(bits[i], salts[i]), start)
+    else:
+        lanes = _lanes(bits, _salts(size))
     mixed: jax.Array = _mix(lanes ^ _mix(jnp.roll(lanes, 1) + _GOLDEN))
     return mixed
 
