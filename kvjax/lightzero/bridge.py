@@ -101,7 +101,7 @@ class Scope:
         is_grown = exchange is not None and exchange.is_grown(caches.memory, list(lengths))
         return is_grown and caches.end == self._grown_end
 
-    def file_later(self, latent: Array, rows: Array, *rest: Any) -> None:
+    def file_later(self, latent: Any, rows: Array, *rest: Any) -> None:
         """Files a simulation's windows with the next look-up, since one call is cheaper than two.
 
         Until then, or until `settle`, the memory must stay as it is; latents may change.
@@ -319,8 +319,8 @@ class Bridge:
 
         `tokens` are the raw ones of each row, [length, E] tensors, where they are kept.
         """
-        rows, latent = self._rows_of(env_ids), _on_host(latent)
-        scope, kept, capacity = self.scope, self.description.kept, rows.shape[1]
+        scope, kept, rows = self.scope, self.description.kept, self._rows_of(env_ids)
+        capacity = rows.shape[1]
         raw = None if tokens is None else _raw_tokens(tokens, kept, capacity)
         scope.clean()
         if not is_root and scope.can_file_later(caches, rows, lengths):
@@ -328,7 +328,7 @@ class Bridge:
             return
         length = np.zeros(capacity, np.int32)
         length[: len(latent)] = lengths
-        filing = _padded(latent, capacity), rows, length, self._correction, raw
+        filing = _padded(_on_host(latent), capacity), rows, length, self._correction, raw
         scope.file(caches, *filing, is_root=is_root)
         if is_root:
             scope.outdated[list(env_ids)] = False
