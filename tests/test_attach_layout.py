@@ -28,7 +28,7 @@ def describe(lengths, valid=None):
 def random_batch(rng, lengths, end=C - 1, room=None):
     """Windows [B, C, L, 2, H, D] and the aligned batch of them, garbage behind its end."""
     kv = rng.normal(size=(len(lengths), C, L, 2, H, D)).astype(np.float32)
-    shape = L, 2, len(lengths), H, room or layout.slots(C), D
+    shape = L, 2, len(lengths), H, room or layout.slots_of_row(C), D
     batch = np.full(shape, np.nan, np.float32)
     batch[:, :, :, :, :end] = 0
     for row, length in enumerate(lengths):
@@ -162,7 +162,7 @@ def test_more_rows_than_slots():
 def test_filing_moves_what_is_filed_and_copies_no_table():
     """The tables are updated where they are; what is needed besides is of the batch's size."""
     filed = jax.device_put(layout.init(SMALL, 8, 500, root_slots=2))
-    batch = np.zeros((L, 2, 8, H, layout.slots(C), D), np.float32)
+    batch = np.zeros((L, 2, 8, H, layout.slots_of_row(C), D), np.float32)
     latent, lengths = np.zeros((8, 16), np.float32), np.int32([7] * 8)
     filing = batch, np.int32(C - 1), latent, describe(lengths), lengths, NO_CORRECTION
     compiled = layout.file.lower(filed, *filing, is_root=False).compile()
@@ -175,7 +175,7 @@ def test_filing_moves_what_is_filed_and_copies_no_table():
 
 def test_between_simulations_neither_the_batch_nor_a_table_is_copied():
     filed = jax.device_put(layout.init(SMALL, 8, 500, root_slots=2))
-    batch = jnp.zeros((L, 2, 8, H, layout.slots(C), D))
+    batch = jnp.zeros((L, 2, 8, H, layout.slots_of_row(C), D))
     arrays, structure = layout.take_apart(filed)
     notes = np.zeros((2, 8, 16 + 2), np.float32)
     known = jnp.zeros((2, 8), jnp.int32)

@@ -146,14 +146,12 @@ class Scope:
         pending, self.pending = self.pending, None
         # Whoever interrupts this leaves no half of an exchange behind.
         exchange = self._exchanges.pop(capacity, None)
-        if exchange is None:
-            shape = self._description.cache_shape
-            exchange = Exchange(shape, capacity, self._description.config.embed_dim)
-        if pending is None:
-            exchange.note_nothing_filed()
-            rest: tuple[Any, ...] = correction, self._no_tokens(capacity)
+        if pending is not None:
+            exchange, rest = pending
         else:
-            _, rest = pending
+            exchange = exchange or self._new_exchange(capacity)
+            exchange.note_nothing_filed()
+            rest = correction, self._no_tokens(capacity)
         exchange.note_asked(latent, rows)
         changed, raw = self._between(*exchange.lend(), *self._arrays(), *rest, exchange.notes)
         found, known, *arrays = changed
@@ -161,6 +159,10 @@ class Scope:
         batch = exchange.take((found, known), len(latent))
         self._exchanges[capacity] = exchange
         return batch, raw
+
+    def _new_exchange(self, capacity: int) -> Exchange:
+        embed_dim = self._description.config.embed_dim
+        return Exchange(self._description.cache_shape, capacity, embed_dim)
 
     def _no_tokens(self, capacity: int) -> Array | None:
         description = self._description
@@ -327,7 +329,7 @@ class Bridge:
             scope.file_later(latent, rows, self._correction, raw)
             return
         length = np.zeros(capacity, np.int32)
-        length[: len(latent)] = lengths
+        length[: len(latent)] = lengths[: len(latent)]
         filing = _padded(_on_host(latent), capacity), rows, length, self._correction, raw
         scope.file(caches, *filing, is_root=is_root)
         if is_root:

@@ -30,7 +30,7 @@ class Exchange:
         import torch
 
         layers, two, heads, self._context_length, size = cache_shape
-        shape = layers, two, rows, heads, layout.slots(self._context_length), size
+        shape = layers, two, rows, heads, layout.slots_of_row(self._context_length), size
         self.rows, self.batch, self._shape = rows, _zeros(shape), (layers * two, *shape[2:])
         self.notes = _zeros((2, rows, embed_dim + 2)).block_until_ready()
         self._filed, self._asked = dlpack.writable_view(self.notes)
@@ -47,14 +47,15 @@ class Exchange:
             self._known_place, self._seen = place, dlpack.writable_view(known)
 
     def note_filed(self, latent: Any, rows: Array) -> None:
-        """Says under which latents [B, 1, E] a batch is to be filed, and whose its rows are.
+        """Says under which latents a batch is to be filed, and whose its rows are.
 
-        `rows` [2, B'] is not changed by its owner.
+        Latents are [B, 1, E] or [B, E]. `rows` [2, B'] is not changed by its owner.
         """
         if isinstance(latent, np.ndarray):
             self._filed[: len(latent), : layout.ROWS.start] = latent.reshape(len(latent), -1)
         else:  # torch copies in half of the time that it takes to show numpy the latents
-            self._filed_latent[: len(latent)].copy_(latent.detach())
+            latent = latent.detach() if latent.ndim == 3 else latent.detach()[:, None]
+            self._filed_latent[: len(latent)].copy_(latent)
         if rows is not self._filed_rows:
             self._filed[:, layout.ROWS], self._filed_rows = rows.T, rows
 

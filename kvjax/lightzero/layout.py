@@ -1,17 +1,16 @@
-"""A store's windows in the layout of LightZero's caches: looked up, aligned, filed again.
+"""Windows in the layout of LightZero's caches: looked up, aligned, filed again.
 
-LightZero keeps a batch per layer, keys apart from values and heads before tokens; a store keeps a
-token's keys and values of all layers together. Each function here is one jitted call that moves
-between the two, so that every window is read and written once, in one thread: the others are
-torch's.
+LightZero keeps keys apart from values, each layer apart, and heads before tokens. So does this
+table, and each function here is one jitted call that copies rows of it as they are: every window is
+read and written once, in one thread, as the others are torch's.
 
 Nothing is shifted on the way. A stored window stands at the end of its K slots, zeros before it, so
-that rows of any lengths are aligned when they are copied whole. A batch has room for more tokens
-than LightZero's caches, which are C slots of it from where the longest row begins:
+that rows of any lengths are aligned when they are copied whole. A batch has more slots than
+LightZero's caches, which are C of them from where the longest row begins:
 
-    stored      [. . . . a]     batch   [. . . . a|. . . . . . . . .]
-                [. . b c d]             [. . b c d|. . . . . . . . .]
-                                 LightZero's   [b c d . . . . .]
+    stored      [. . . . a]     batch   [. . . . a . . . . . . . . .]
+                [. . b c d]             [. . b c d . . . . . . . . .]
+                                 LightZero's [b c d . . . . .]
 
 The model adds a block to each row, behind slot K; what is filed are the K tokens at a row's end.
 
@@ -72,23 +71,31 @@ EMPTY, UNREAD = -2, -1
 """Windows that belong to no slot."""
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), static_argnames=("root_slots", "node_slots"))
 def init(
-    config: WorldModelConfig, num_envs: int, num_simulations: int, **slots: int | None
+    config: WorldModelConfig,
+    num_envs: int,
+    num_simulations: int,
+    *,
+    root_slots: int | None = None,
+    node_slots: int | None = None,
 ) -> Filed:
-    """`kvjax.init_store` in this layout; `slots` are its `root_slots` and `node_slots`."""
-    store = stores.init_store(config, num_envs, num_simulations, **slots)  # type: ignore[arg-type]
-    shape = store.nodes.entries.kv.shape[1:]
-    shape = *shape[1:4], shape[0], shape[4]
+    """`kvjax.init_store` in this layout."""
+    store = stores.init_store(
+        config, num_envs, num_simulations, root_slots=root_slots, node_slots=node_slots
+    )
     windows = pools.total_slots(store.roots) + pools.total_slots(store.nodes) + 2
+    kv = store.nodes.entries.kv
+    stored, layers, two, heads, size = kv.shape[1:]
 
     def convert(pool: Pool) -> Pool:
         return _replace(pool, entries=Entry(pool.entries.length, pool.entries.raw))
 
     store = _replace(store, roots=convert(store.roots), nodes=convert(store.nodes))
-    return Filed(store, jnp.zeros((windows, *shape), jnp.float32))
+    return Filed(store, jnp.zeros((windows, layers, two, heads, stored, size), kv.dtype))
 
 
-def slots(context_length: int) -> int:
+def slots_of_row(context_length: int) -> int:
     """M: K before the new tokens, and C from any row's begin; even, so that rows stay aligned."""
     return 2 * (context_length - 1)
 
@@ -120,8 +127,8 @@ def look_up(
     """
     keys = stores.latent_keys(filed.store, latent, rows[ENV])
     _, layers, two, heads, stored, size = filed.kv.shape
-    room = slots(stored + 1 + BLOCK)
-    batch = jnp.zeros((layers, two, len(latent), heads, room, size), filed.kv.dtype)
+    shape = layers, two, len(latent), heads, slots_of_row(stored + 1 + BLOCK), size
+    batch = jnp.zeros(shape, filed.kv.dtype)
     return _look_up(filed, keys, rows, batch, roots_only=roots_only)
 
 

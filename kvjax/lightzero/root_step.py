@@ -108,7 +108,7 @@ def _start(wm: Any, bridge: Bridge, batch: RootBatch) -> Any:
 
     count = len(batch.env_ids)
     layers, two, heads, length, size = bridge.description.cache_shape
-    shape = layers * two, bridge.capacity(count), heads, layout.slots(length), size
+    shape = layers * two, bridge.capacity(count), heads, layout.slots_of_row(length), size
     memory = memory_of(torch.zeros(math.prod(shape), device=batch.current.device), shape)
     bridge.batch = empty = make_batch(memory, length, [0] * count, [layout.MISSED] * count)
     caches.install(wm.keys_values_wm, empty, 0)
