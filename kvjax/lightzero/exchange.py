@@ -54,8 +54,8 @@ class Exchange:
         if isinstance(latent, np.ndarray):
             self._filed[: len(latent), : layout.ROWS.start] = latent.reshape(len(latent), -1)
         else:  # torch copies in half of the time that it takes to show numpy the latents
-            latent = latent.detach() if latent.ndim == 3 else latent.detach()[:, None]
-            self._filed_latent[: len(latent)].copy_(latent)
+            latent = latent.detach() if latent.requires_grad else latent
+            self._filed_latent[: len(latent)].copy_(latent if latent.ndim == 3 else latent[:, None])
         if rows is not self._filed_rows:
             self._filed[:, layout.ROWS], self._filed_rows = rows.T, rows
 
