@@ -125,6 +125,7 @@ def test_rows_that_miss_or_do_not_count():
     assert not np.asarray(roots[1]).any()
     stats = stores.stats(layout.with_counters(filed, counters).store)
     assert (stats["queries"], stats["misses"], stats["node_pool_hits"]) == (4, 1, 3)
+    assert stats["not_stored"] == 0
     assert (stats["padded_rows"], stats["pad_tokens"], stats["largest_pad"]) == (3, 6, 2)
 
 
@@ -155,6 +156,7 @@ def test_more_rows_than_slots():
     _, found, info, _ = layout.look_up(filed, latent, rows, roots_only=False)
     assert np.asarray(info).tolist() == [[1, 5, 1, 5, 5], [0, 2, 2, 2, 2]]
     np.testing.assert_array_equal(found[:, :, 1, :, :K], in_layout(kv[1, :5]))
+    assert not np.asarray(found)[:, :, 0].any()  # also when every slot is taken
     stats = stores.stats(filed.store)
     assert (stats["nodes_stored"], stats["not_stored"], stats["node_evictions"]) == (4, 1, 1)
 

@@ -1,6 +1,7 @@
 """Whose memory an attached model's caches are: nobody's but torch's, whatever a caller does."""
 
 import copy
+import dataclasses
 
 import jax
 import numpy as np
@@ -161,6 +162,41 @@ def test_a_copy_has_an_exchange_of_its_own():
             ]
         )
     assert difference(*outputs) < TOLERANCE
+
+
+def test_only_what_was_found_and_grew_by_a_block_may_wait():
+    ours, _, _ = drivers()
+    wm = ours.model.world_model
+    bridge = state_of(wm).bridge
+    written, rows = bridge.written(wm.keys_values_wm, ROWS), bridge._rows_of(range(ROWS))
+    lengths = list(wm.keys_values_wm_size_list_current)
+    assert bridge.scope.can_file_later(written, rows, lengths)
+    assert not bridge.scope.can_file_later(written, rows, [lengths[0] - 1, *lengths[1:]])
+    longer = dataclasses.replace(written, end=written.end + 1)
+    assert not bridge.scope.can_file_later(longer, rows, lengths)
+    wm.keys_values_wm = copy.deepcopy(wm.keys_values_wm)
+    assert not bridge.scope.can_file_later(bridge.written(wm.keys_values_wm, ROWS), rows, lengths)
+
+
+def test_notes_say_whose_rows_are_filed_and_asked_for():
+    exchange = Exchange((1, 2, 1, 4, 2), 2, 3)
+    one, other = np.array([[0, 1], [1, 1]], np.int32), np.array([[1, 0], [1, 0]], np.int32)
+    latent = np.arange(6, dtype=np.float32).reshape(2, 3)
+
+    def check(filed, asked):
+        notes = dlpack.writable_view(exchange.notes)
+        for half, rows in ((layout.FILED, filed), (layout.ASKED, asked)):
+            np.testing.assert_array_equal(notes[half, :, layout.ROWS], rows.T)
+
+    for filed, asked in ((one, one), (one, other), (other, other), (other, one)):
+        exchange.note_filed(latent, filed)
+        exchange.note_asked(latent + 1, asked)
+        check(filed, asked)
+    exchange.note_nothing_filed()
+    check(np.zeros((2, 2)), one)
+    exchange.note_filed(latent, other)
+    check(other, one)
+    np.testing.assert_array_equal(exchange.filed()[0], latent)
 
 
 def test_fewer_latents_than_the_batch_has_rows():

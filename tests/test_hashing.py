@@ -97,3 +97,13 @@ def test_integer_keys():
 def test_bad_integer_keys(key):
     with pytest.raises(ValueError, match=r"must be in 0 .. 2\*\*128 - 1"):
         hashing.integer_digests([key])
+
+
+@pytest.mark.parametrize("size", [1, 63, 64, 65, 130, 768])
+def test_a_digest_is_one_sum_over_all_entries(size):
+    """However many entries are mixed at a time."""
+    bits = np.random.default_rng(0).integers(0, 1 << 32, size, dtype=np.uint32)
+    mix = hashing._mix
+    lanes = mix(bits[:, None] ^ hashing._salts(size)).sum(0, dtype=np.uint32)
+    expected = mix(lanes ^ mix(np.roll(lanes, 1) + hashing._GOLDEN))
+    np.testing.assert_array_equal(hashing.digest(jnp.asarray(bits)), expected)
