@@ -174,6 +174,9 @@ def test_only_what_was_found_and_grew_by_a_block_may_wait():
     assert not bridge.scope.can_file_later(written, rows, [lengths[0] - 1, *lengths[1:]])
     longer = dataclasses.replace(written, end=written.end + 1)
     assert not bridge.scope.can_file_later(longer, rows, lengths)
+    elsewhere = dataclasses.replace(written.memory, place=written.memory.place + 64)
+    moved = dataclasses.replace(written, memory=elsewhere)
+    assert not bridge.scope.can_file_later(moved, rows, lengths)
     wm.keys_values_wm = copy.deepcopy(wm.keys_values_wm)
     assert not bridge.scope.can_file_later(bridge.written(wm.keys_values_wm, ROWS), rows, lengths)
 
