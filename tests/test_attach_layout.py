@@ -125,8 +125,13 @@ def test_rows_that_miss_or_do_not_count():
     assert not np.asarray(roots[1]).any()
     stats = stores.stats(layout.with_counters(filed, counters).store)
     assert (stats["queries"], stats["misses"], stats["node_pool_hits"]) == (4, 1, 3)
-    assert stats["not_stored"] == 0
     assert (stats["padded_rows"], stats["pad_tokens"], stats["largest_pad"]) == (3, 6, 2)
+    assert stats["not_stored"] == 0
+    again, *_ = layout.look_up(
+        layout.with_counters(filed, counters), latent, rows, roots_only=False
+    )
+    stats = stores.stats(layout.with_counters(filed, again).store)
+    assert (stats["pad_tokens"], stats["largest_pad"]) == (12, 2)
 
 
 def test_equal_latents_share_a_slot_and_the_last_one_stays():
