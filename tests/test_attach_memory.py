@@ -237,3 +237,40 @@ def test_a_copy_made_inside_of_a_scope_starts_outside_of_it():
         twin = copy.deepcopy(ours.model)
         assert state_of(ours.model.world_model).bridge._active == "collect"
     assert state_of(twin.world_model).bridge._active is None
+
+
+def test_searches_in_and_out_of_inference_mode_share_an_exchange():
+    torch = pytest.importorskip("torch")
+    model, twin, _ = pair()
+    ours, theirs = Driver(twin, ROWS), Driver(model, ROWS)
+    with torch.inference_mode():
+        mine = ours.step(3)
+    assert difference(theirs.step(3), mine) < TOLERANCE
+    for _ in range(2):
+        assert difference(theirs.step(3), ours.step(3)) < TOLERANCE
+
+
+@pytest.mark.parametrize("shape", [(ROWS, 32), (ROWS, 1, 1, 32), (ROWS, 4, 8)])
+def test_latents_of_any_shape_are_filed(shape):
+    torch = pytest.importorskip("torch")
+    ours, _, _ = drivers()
+    wm = ours.model.world_model
+    latent = np.random.default_rng(0).normal(size=(ROWS, 1, 32)).astype(np.float32)
+    wm.update_cache_context(torch.tensor(latent).reshape(shape), is_init_infer=False)
+    hits = wm.hit_count
+    wm.retrieve_or_generate_kvcache(latent, ROWS, 1, [0] * ROWS)
+    assert wm.hit_count - hits == ROWS
+
+
+@pytest.mark.parametrize(("rows", "size"), [(ROWS, 5), (ROWS + 1, 32)])
+def test_a_refused_look_up_loses_nothing(rows, size):
+    ours, _, _ = drivers()
+    wm = ours.model.world_model
+    latent = wm.latent_state.numpy().copy()
+    with pytest.raises(
+        ValueError, match=r"expected latents of 32 numbers, got 5|5 rows do not fit"
+    ):
+        wm.retrieve_or_generate_kvcache(np.zeros((rows, 1, size), np.float32), rows, 1, [0] * rows)
+    hits = wm.hit_count
+    wm.retrieve_or_generate_kvcache(latent, ROWS, 1, [0] * ROWS)
+    assert wm.hit_count - hits == ROWS

@@ -120,6 +120,7 @@ class AttachedMethods(_WorldModel):  # type: ignore[misc]
         bridge, env_ids = state.bridge, _env_ids(self, ready_env_num)
         if not simulation_index:  # no update interrupts a search
             bridge.follow_weights(self, thorough=False)
+        bridge.capacity(ready_env_num)  # too many rows are told so before anything is let go
         root_step.let_go(self, bridge)
         batch = bridge.look_up(latent_state[:ready_env_num], env_ids, roots_only=False)
         root_step.fill_missed(self, batch, latent_state, start_pos)

@@ -292,6 +292,10 @@ class Bridge:
     def look_up(self, latent: Any, env_ids: Sequence[int], *, roots_only: bool) -> Batch:
         """Finds and aligns the windows of latents [B, 1, E]; torch owns what comes back."""
         rows, on_host = self._rows_of(env_ids), _on_host(latent)
+        size = self.description.config.embed_dim
+        require(
+            on_host.shape[1] == size, f"expected latents of {size} numbers, got {on_host.shape[1]}"
+        )
         found = self.scope.look_up(on_host, rows, self._correction, roots_only=roots_only)
         self.batch = found
         return self.batch

@@ -34,7 +34,8 @@ class Exchange:
         self.rows, self.batch, self._shape = rows, _zeros(shape), (layers * two, *shape[2:])
         self.notes = _zeros((2, rows, embed_dim + 2)).block_until_ready()
         self._filed, self._asked = dlpack.writable_view(self.notes)
-        self._filed_latent = torch.from_numpy(self._filed[:, None, : layout.ROWS.start])
+        with torch.inference_mode(False):  # else only inference mode could write to it
+            self._filed_latent = torch.from_numpy(self._filed[:, None, : layout.ROWS.start])
         self._filed_rows = self._asked_rows = np.empty(0)
         self._place = self._known_place = 0
         self._lengths: list[int] = []
@@ -49,13 +50,14 @@ class Exchange:
     def note_filed(self, latent: Any, rows: Array) -> None:
         """Says under which latents a batch is to be filed, and whose its rows are.
 
-        Latents are [B, 1, E] or [B, E]. `rows` [2, B'] is not changed by its owner.
+        Latents are [B, 1, E], in any shape. `rows` [2, B'] is not changed by its owner.
         """
         if isinstance(latent, np.ndarray):
             self._filed[: len(latent), : layout.ROWS.start] = latent.reshape(len(latent), -1)
         else:  # torch copies in half of the time that it takes to show numpy the latents
             latent = latent.detach() if latent.requires_grad else latent
-            self._filed_latent[: len(latent)].copy_(latent if latent.ndim == 3 else latent[:, None])
+            noted = self._filed_latent[: len(latent)]
+            noted.copy_(latent if latent.shape == noted.shape else latent.reshape(noted.shape))
         if rows is not self._filed_rows:
             self._filed[:, layout.ROWS], self._filed_rows = rows.T, rows
 
