@@ -132,3 +132,17 @@ def test_contexts_outlive_a_weight_update_where_tokens_are_kept(flag):
     checked.step()
     assert checked.error < TOLERANCE
     assert checked.handle.stats()["rebuilt"] == stats["rebuilt"] + ROWS * keeps
+
+
+def test_only_rows_that_go_on_are_computed_again():
+    checked = Checked("rebuild_kv_window_from_tokens")
+    for restarts in (range(ROWS), (2,), ()):
+        checked.step(restarts, 2)
+    with checked.torch.no_grad():
+        for parameter in checked.model.parameters():
+            parameter.mul_(1.1)
+    latents = checked.encode_last()
+    checked.roots = [[*x[:-1], new] for x, new in zip(checked.roots, latents, strict=True)]
+    checked.step((0,))
+    assert checked.error < TOLERANCE
+    assert checked.handle.stats()["rebuilt"] == ROWS - 1

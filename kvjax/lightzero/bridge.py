@@ -85,8 +85,8 @@ class Scope:
         self._file(as_argument(caches.memory), caches.end, *filing, is_root=is_root)
 
     def _file(self, batch: Any, end: int, *filing: Any, is_root: bool = False) -> None:
-        where, keep = (batch, np.int32(end)), self._description.kept
-        self.filed = layout.file(self.filed, *where, *filing, is_root=is_root, keep=keep)
+        options = {"is_root": is_root, "keep": self._description.kept}
+        self.filed = layout.file(self.filed, batch, np.int32(end), *filing, **options)
         # One computation: when one of its results is there it no longer reads what torch lent.
         self.filed.kv.block_until_ready()
 
@@ -298,7 +298,7 @@ class Bridge:
         )
         found = self.scope.look_up(on_host, rows, self._correction, roots_only=roots_only)
         self.batch = found
-        return self.batch
+        return found
 
     def peek(self, latent: Any, env_ids: Sequence[int], *, roots_only: bool) -> Batch:
         """As `look_up`, counted nowhere."""

@@ -331,10 +331,6 @@ def changing(structure: Any) -> int:
     return count
 
 
-def _with_store(filed: Filed, store: Store) -> Filed:
-    return _replace(filed, store=store)
-
-
 @functools.partial(jax.jit, donate_argnames=("filed",))
 def clear(filed: Filed, roots: jax.Array, nodes: jax.Array) -> Filed:
     """Forgets the roots of chosen environments [P] bool and, if `nodes` [] bool, all nodes."""
@@ -343,13 +339,13 @@ def clear(filed: Filed, roots: jax.Array, nodes: jax.Array) -> Filed:
     segments = jnp.where(roots[:, None], cleared, store.roots.segments)
     latest = None if store.latest is None else jnp.where(roots, NO_SLOT, store.latest)
     store = _replace(store, roots=_replace(store.roots, segments=segments), latest=latest)
-    return _with_store(filed, stores.clear_nodes(store, when=nodes))
+    return _replace(filed, store=stores.clear_nodes(store, when=nodes))
 
 
 @functools.partial(jax.jit, donate_argnames=("filed",))
 def new_epoch(filed: Filed) -> Filed:
     """`kvjax.store.new_epoch` in one call."""
-    return _with_store(filed, stores.new_epoch(filed.store))
+    return _replace(filed, store=stores.new_epoch(filed.store))
 
 
 @jax.jit
@@ -364,9 +360,9 @@ def latest_tokens(store: Store, env_id: jax.Array) -> tuple[jax.Array, jax.Array
 @functools.partial(jax.jit, donate_argnames=("filed",))
 def count_rebuilt(filed: Filed) -> Filed:
     """Counts one window that was computed again after a miss."""
-    return _with_store(filed, stores.count_rebuilt(filed.store, jnp.ones(1, bool)))
+    return _replace(filed, store=stores.count_rebuilt(filed.store, jnp.ones(1, bool)))
 
 
 def with_counters(filed: Filed, counters: jax.Array) -> Filed:
     """The same with other statistics."""
-    return _with_store(filed, _replace(filed.store, counters=counters))
+    return _replace(filed, store=_replace(filed.store, counters=counters))
