@@ -113,7 +113,7 @@ def test_latents_with_gradients_leave_no_graph_behind():
     wm.keys_values_wm_size_list_current = [n + 2 for n in wm.keys_values_wm_size_list]
     wm.update_cache_context(torch.tensor(fill(0.5), requires_grad=True), is_init_infer=False)
     exchange, _ = scope_of(wm).pending
-    assert not exchange._filed_latent.requires_grad
+    assert not exchange._filed_latents[ROWS].requires_grad
 
 
 def test_look_ups_one_after_the_other_use_the_same_memory():

@@ -164,16 +164,12 @@ class AttachedMethods(_WorldModel):  # type: ignore[misc]
     ) -> None:
         """Takes the batch back, slides what is full and stores it under the latents."""
         state = state_of(self)
-        bridge, count = state.bridge, len(latent_state)
-        arguments = latent_state, is_init_infer, simulation_index, search_depth
-        named = {"valid_context_lengths": valid_context_lengths}
-        if env_ids is not None and bridge.description.takes_env_ids:
-            named["env_ids"] = env_ids
+        arguments = (latent_state, is_init_infer, simulation_index, search_depth)
+        context = (valid_context_lengths, env_ids)
         if not self._kvjax_serves():
-            with state.original_code():
-                super().update_cache_context(*arguments, **named)
+            self._kvjax_original_update(*arguments, *context)
             return
-        keys_values = self.keys_values_wm
+        bridge, count, keys_values = state.bridge, len(latent_state), self.keys_values_wm
         if not is_init_infer:
             ids, lengths = _env_ids(self, count), self.keys_values_wm_size_list_current
         else:
@@ -189,10 +185,16 @@ class AttachedMethods(_WorldModel):  # type: ignore[misc]
         bridge.file(written, lengths, latent_state, ids, tokens, is_root=is_init_infer)
         if state.shadow.mode:
             bridge.settle()  # LightZero's code writes to the memory
-            with state.original_code():
-                super().update_cache_context(*arguments, **named)
+            self._kvjax_original_update(*arguments, *context)
             stored = bridge.peek(latent_state, ids, roots_only=is_init_infer)
             state.shadow.compare_stored(self, stored, latent_state, ids, is_root=is_init_infer)
+
+    def _kvjax_original_update(self, *arguments: Any) -> None:
+        """LightZero's `update_cache_context`; release 0.2.0 knows no environment ids."""
+        state, (*rest, lengths, env_ids) = state_of(self), arguments
+        named = {"env_ids": env_ids} if state.bridge.description.takes_env_ids else {}
+        with state.original_code():
+            super().update_cache_context(*rest, valid_context_lengths=lengths, **named)
 
 
 def _forget_everything(wm: Any) -> None:

@@ -18,8 +18,8 @@ from kvjax import dlpack
 from kvjax import store as stores
 from kvjax.compilation import on_cpu
 from kvjax.config import require
-from kvjax.lightzero import layout, module
-from kvjax.lightzero.caches import Batch, Written, make_batch, memory_of, written
+from kvjax.lightzero import caches, layout, module
+from kvjax.lightzero.caches import Batch, Written, make_batch, memory_of
 from kvjax.lightzero.exchange import Exchange, as_argument
 from kvjax.statistics import Statistics
 
@@ -80,9 +80,9 @@ class Scope:
             (exchange, rest), self.pending = self.pending, None
             self._file(exchange.batch, self._grown_end, *exchange.filed(), *rest)
 
-    def file(self, caches: Written, *filing: Any, is_root: bool) -> None:
+    def file(self, windows: Written, *filing: Any, is_root: bool) -> None:
         """Files windows and waits until that is done; see `layout.file`."""
-        self._file(as_argument(caches.memory), caches.end, *filing, is_root=is_root)
+        self._file(as_argument(windows.memory), windows.end, *filing, is_root=is_root)
 
     def _file(self, batch: Any, end: int, *filing: Any, is_root: bool = False) -> None:
         options = {"is_root": is_root, "keep": self._description.kept}
@@ -95,11 +95,11 @@ class Scope:
         """Where the rows of a batch end that grew by a block."""
         return self._description.config.context_length - 1
 
-    def can_file_later(self, caches: Written, rows: Array, lengths: Sequence[int]) -> bool:
+    def can_file_later(self, windows: Written, rows: Array, lengths: Sequence[int]) -> bool:
         """Whether these are the rows that were looked up last, grown by a block."""
         exchange = self._exchanges.get(rows.shape[1])
-        is_grown = exchange is not None and exchange.is_grown(caches.memory, list(lengths))
-        return is_grown and caches.end == self._grown_end
+        is_grown = exchange is not None and exchange.is_grown(windows.memory, list(lengths))
+        return is_grown and windows.end == self._grown_end
 
     def file_later(self, latent: Any, rows: Array, *rest: Any) -> None:
         """Files a simulation's windows with the next look-up, since one call is cheaper than two.
@@ -311,7 +311,7 @@ class Bridge:
 
     def file(
         self,
-        caches: Written,
+        windows: Written,
         lengths: Sequence[int],
         latent: Any,
         env_ids: Sequence[int],
@@ -329,13 +329,13 @@ class Bridge:
         capacity = rows.shape[1]
         raw = None if tokens is None else _raw_tokens(tokens, kept, capacity)
         scope.clean()
-        if not is_root and scope.can_file_later(caches, rows, lengths):
+        if not is_root and scope.can_file_later(windows, rows, lengths):
             scope.file_later(latent, rows, self._correction, raw)
             return
         length = np.zeros(capacity, np.int32)
         length[: len(latent)] = lengths[: len(latent)]
         filing = _padded(_on_host(latent), capacity), rows, length, self._correction, raw
-        scope.file(caches, *filing, is_root=is_root)
+        scope.file(windows, *filing, is_root=is_root)
         if is_root:
             scope.outdated[list(env_ids)] = False
 
@@ -350,8 +350,10 @@ class Bridge:
         Raises:
           ValueError: the caches are not float32, or there are more rows than environments.
         """
-        length = self.description.config.context_length
-        return written(keys_values, self.batch, self.capacity(rows), length)
+        batch, length = self.batch, self.description.config.context_length
+        if batch is not None and caches.holds(keys_values, batch):
+            return caches.written(keys_values, batch, length)
+        return caches.copied(keys_values, self.capacity(rows), length)
 
     def capacity(self, rows: int) -> int:
         """B' of a batch: few different sizes, so that little is compiled.

@@ -75,7 +75,7 @@ def make_batch(
     step, *strides = memory.strides
     start = (_found_end(context_length) - max(lengths)) * size
     starts = range(start, start + caches * step, step)
-    # One call for each view: a slice of all of them and its parts take twice as long.
+    # One call for each view: to cut them from one, as slices or by unbind, takes longer.
     shape, flat = (len(lengths), heads, context_length, size), memory.flat
     views = [flat.as_strided(shape, strides, first) for first in starts]
     places = [memory.place + _FLOAT_BYTES * first for first in starts]
@@ -95,13 +95,26 @@ class Written:
     end: int  # behind this slot all rows end, zeros before them
 
 
-def written(keys_values: Any, batch: Batch | None, capacity: int, context_length: int) -> Written:
-    """The rows that a `KeysValues` holds: in `batch`'s own memory if it is that, else copied."""
-    found_end, size = _found_end(context_length), keys_values._keys_values[0]._k_cache._size
-    if batch is not None and holds(keys_values, batch):
-        return Written(batch.memory, found_end - batch.size + size)
-    copied = _stacked(keys_values, capacity, found_end)
-    return Written(memory_of(copied.flatten(), tuple(copied.shape)), found_end + size)
+def written(keys_values: Any, batch: Batch, context_length: int) -> Written:
+    """The rows of a `KeysValues` that holds a batch, in that batch's own memory."""
+    return Written(batch.memory, _found_end(context_length) - batch.size + _size(keys_values))
+
+
+def copied(keys_values: Any, capacity: int, context_length: int) -> Written:
+    """A copy of the rows that any `KeysValues` holds.
+
+    Raises:
+      ValueError: the caches are not float32.
+    """
+    found_end = _found_end(context_length)
+    memory = _stacked(keys_values, capacity, found_end)
+    end = found_end + _size(keys_values)
+    return Written(memory_of(memory.flatten(), tuple(memory.shape)), end)
+
+
+def _size(keys_values: Any) -> int:
+    size: int = keys_values._keys_values[0]._k_cache._size
+    return size
 
 
 def install(keys_values: Any, batch: Batch, size: int) -> None:
@@ -131,11 +144,7 @@ def holds(keys_values: Any, batch: Batch) -> bool:
 
 
 def _stacked(keys_values: Any, capacity: int, before: int) -> Any:
-    """A copy of what a `KeysValues` holds, behind `before` empty slots: [2 L, capacity, H, M, D].
-
-    Raises:
-      ValueError: the caches are not float32.
-    """
+    """What a `KeysValues` holds, behind `before` empty slots: [2 L, capacity, H, M, D]."""
     import torch
 
     held = tensors(keys_values)

@@ -67,7 +67,7 @@ def _recall(wm: Any, bridge: Bridge, latent: Any, env_id: int) -> bool:
     # As if the window were full: attention is causal, so tokens behind the last one change nothing.
     wm.keys_values_wm_token_context_list = [tokens]
     renewed = wm._prepare_exact_cache_resets(latent, [full]).cache
-    written = caches.written(renewed, None, bridge.capacity(1), wm.context_length)
+    written = caches.copied(renewed, bridge.capacity(1), wm.context_length)
     written = dataclasses.replace(written, end=written.end - renewed.size + length)
     bridge.file(written, [length], latent, [env_id], [tokens[:length]], is_root=True)
     scope.filed = layout.count_rebuilt(scope.filed)

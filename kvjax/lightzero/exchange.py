@@ -35,7 +35,8 @@ class Exchange:
         self.notes = _zeros((2, rows, embed_dim + 2)).block_until_ready()
         self._filed, self._asked = dlpack.writable_view(self.notes)
         with torch.inference_mode(False):  # else only inference mode could write to it
-            self._filed_latent = torch.from_numpy(self._filed[:, None, : layout.ROWS.start])
+            latents = torch.from_numpy(self._filed[:, None, : layout.ROWS.start])
+            self._filed_latents = [latents[:count] for count in range(rows + 1)]
         self._filed_rows = self._asked_rows = np.empty(0)
         self._place = self._known_place = 0
         self._lengths: list[int] = []
@@ -56,7 +57,7 @@ class Exchange:
             self._filed[: len(latent), : layout.ROWS.start] = latent.reshape(len(latent), -1)
         else:  # torch copies in half of the time that it takes to show numpy the latents
             latent = latent.detach() if latent.requires_grad else latent
-            noted = self._filed_latent[: len(latent)]
+            noted = self._filed_latents[len(latent)]
             noted.copy_(latent if latent.shape == noted.shape else latent.reshape(noted.shape))
         if rows is not self._filed_rows:
             self._filed[:, layout.ROWS], self._filed_rows = rows.T, rows
