@@ -118,15 +118,15 @@ def share(array: jax.Array) -> Any:
     view = memoryview(array)
     if view.format not in ("f", "=f"):
         raise ValueError(f"expected a float32 array, got {array.dtype}")
-    return _frombuffer()(view, dtype=_torch().float32)
+    return _float32_frombuffer()(view)
 
 
 @functools.cache
-def _frombuffer() -> Any:
+def _float32_frombuffer() -> Any:
     frombuffer = _torch().frombuffer
     with warnings.catch_warnings(action="ignore"):
         frombuffer(b"read-only", dtype=_torch().uint8)  # torch warns of the first one
-    return frombuffer
+    return functools.partial(frombuffer, dtype=_torch().float32)
 
 
 @functools.cache

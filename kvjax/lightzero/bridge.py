@@ -293,9 +293,8 @@ class Bridge:
         """Finds and aligns the windows of latents [B, 1, E]; torch owns what comes back."""
         rows, on_host = self._rows_of(env_ids), _on_host(latent)
         size = self.description.config.embed_dim
-        require(
-            on_host.shape[1] == size, f"expected latents of {size} numbers, got {on_host.shape[1]}"
-        )
+        if on_host.shape[1] != size:
+            raise ValueError(f"expected latents of {size} numbers, got {on_host.shape[1]}")
         found = self.scope.look_up(on_host, rows, self._correction, roots_only=roots_only)
         self.batch = found
         return found
@@ -362,7 +361,8 @@ class Bridge:
           ValueError: more rows than environments.
         """
         most = self.description.num_envs
-        require(rows <= most, f"{rows} rows do not fit into {most} environments")
+        if rows > most:
+            raise ValueError(f"{rows} rows do not fit into {most} environments")
         return min(most, 1 << (rows - 1).bit_length())
 
     def _rows_of(self, env_ids: Sequence[int]) -> Array:
