@@ -40,6 +40,26 @@ def fill(number):
     return np.full((ROWS, 1, 32), number, np.float32)
 
 
+def simulate(wm, parent, child):
+    """One simulation: windows are found, grow by two tokens and wait to be filed."""
+    torch = pytest.importorskip("torch")
+    look_up(wm, parent)
+    wm.trim_and_pad_kv_cache(is_init_infer=False)
+    tokens = torch.from_numpy(np.random.default_rng(0).normal(size=(ROWS, 1, 32)))
+    with torch.no_grad():
+        for _ in range(2):
+            embeddings = {"obs_embeddings": tokens.float()}
+            wm.forward(embeddings, past_keys_values=wm.keys_values_wm, start_pos=0)
+    wm.keys_values_wm_size_list_current = [n + 2 for n in wm.keys_values_wm_size_list]
+    wm.update_cache_context(child, is_init_infer=False)
+
+
+def found(wm, latent):
+    """Keys of the first layer, row by row."""
+    look_up(wm, latent)
+    return [next(iter(caches)).get()[0].numpy().copy() for caches in wm.keys_values_wm_list]
+
+
 def test_first_steps_after_a_reset_are_kept():
     """They look nothing up, so filing itself has to forget first."""
     wm, driver, handle = searched()
@@ -62,6 +82,26 @@ def test_fewer_rows_find_what_waits():
     hits = wm.hit_count
     look_up(wm, waiting_latents(wm)[:2])
     assert wm.hit_count - hits == 2
+
+
+@pytest.mark.parametrize(
+    ("envs", "order"), [([0, 1, 2, 3], [3, 2, 1, 0]), ([1, 1, 2, 2], [1, 0, 3, 2])]
+)
+def test_what_waits_is_found_in_any_order(envs, order):
+    """By the row before its own too, also where rows share an environment."""
+    torch = pytest.importorskip("torch")
+    wm, _, _ = searched()
+    latent = np.random.default_rng(1).normal(size=(ROWS, 1, 32)).astype(np.float32)
+    wm.current_infer_env_ids = envs
+    simulate(wm, waiting_latents(wm), torch.from_numpy(latent))
+    assert scope_of(wm).pending is not None
+    hits, wm.current_infer_env_ids = wm.hit_count, [envs[row] for row in order]
+    rows = found(wm, latent[order])
+    assert wm.hit_count - hits == ROWS
+    wm.current_infer_env_ids = envs
+    again = found(wm, latent)
+    for row, keys in zip(order, rows, strict=True):
+        np.testing.assert_array_equal(keys, again[row])
 
 
 def test_a_forward_pass_settles_every_scope():
@@ -104,14 +144,7 @@ def test_a_copy_forgets_alone():
 def test_latents_with_gradients_leave_no_graph_behind():
     torch = pytest.importorskip("torch")
     wm, _, _ = searched()
-    look_up(wm, fill(0.25))
-    wm.trim_and_pad_kv_cache(is_init_infer=False)
-    tokens = {"obs_embeddings": torch.zeros(ROWS, 1, 32)}
-    with torch.no_grad():
-        for _ in range(2):
-            wm.forward(tokens, past_keys_values=wm.keys_values_wm, start_pos=0)
-    wm.keys_values_wm_size_list_current = [n + 2 for n in wm.keys_values_wm_size_list]
-    wm.update_cache_context(torch.tensor(fill(0.5), requires_grad=True), is_init_infer=False)
+    simulate(wm, fill(0.25), torch.tensor(fill(0.5), requires_grad=True))
     exchange, _ = scope_of(wm).pending
     assert not exchange._filed_latents[ROWS].requires_grad
 

@@ -194,7 +194,7 @@ def test_between_simulations_neither_the_batch_nor_a_table_is_copied():
 def test_filing_and_looking_up_in_one_call_is_one_after_the_other():
     rng = np.random.default_rng(0)
     known, fresh = (rng.normal(size=(4, 16)).astype(np.float32) for _ in range(2))
-    asked = np.concatenate([fresh[[1, 0]], known[3:] + 1, known[3:]])
+    asked = np.concatenate([fresh[:3], known[3:]])
     results, outputs = [], []
     for together in (False, True):
         rng = np.random.default_rng(1)
@@ -202,10 +202,9 @@ def test_filing_and_looking_up_in_one_call_is_one_after_the_other():
         filed = file(init(), roots, known, (5, 1, 1, 7), is_root=True)
         lengths = (7, 3, 3, 5)
         _, batch = random_batch(rng, lengths)
-        of_rows = describe(lengths)
-        of_rows[layout.ENV] = [1, 0, 2, 3]  # not the rows' environments of the look-up
+        of_rows, rows = describe(lengths, valid=[1, 1, 0, 1]), describe(lengths)
+        of_rows[layout.ENV] = rows[layout.ENV] = [1, 0, 2, 3]
         correction = rng.normal(size=NO_CORRECTION.shape).astype(np.float32)
-        rows = describe((0, 0, 0, 0))
         if together:
             notes = np.zeros((2, 4, 16 + 2), np.float32)
             notes[:, :, :16] = fresh, asked
@@ -225,7 +224,7 @@ def test_filing_and_looking_up_in_one_call_is_one_after_the_other():
         out[0] = out[0][..., :K, :]  # behind the rows is what was there before
         results.append(filed)
         outputs.append(out)
-    assert np.asarray(outputs[1][1]).tolist() == [[3, 5, 1, 5], [2, 2, 0, 1]]
+    assert np.asarray(outputs[1][1]).tolist() == [[5, 3, 1, 5], [2, 2, 0, 1]]
     chex.assert_trees_all_equal(*outputs)
     # The last window is nobody's.
     results = [dataclasses.replace(x, kv=x.kv[: layout.UNREAD]) for x in results]

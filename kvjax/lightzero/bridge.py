@@ -141,7 +141,7 @@ class Scope:
         self, latent: Array, rows: Array, correction: jax.Array
     ) -> tuple[Batch, jax.Array | None]:
         capacity = rows.shape[1]
-        if self._is_stale or (self.pending is not None and self.pending[0].rows != capacity):
+        if self._is_stale or (self.pending is not None and not self.pending[0].are_filed(rows)):
             self.clean()
         pending, self.pending = self.pending, None
         # Whoever interrupts this leaves no half of an exchange behind.
@@ -381,6 +381,8 @@ class Bridge:
             )
             rows[layout.ENV, : len(key)] = key
             rows[layout.VALID, : len(key)] = 1
+            if len(set(key)) < len(key):
+                return rows  # never filed and looked up in one call, which keeps environments apart
             self._rows[key] = rows
         return self._rows[key]
 

@@ -72,6 +72,10 @@ class Exchange:
         if rows is not self._asked_rows:
             self._asked[:, layout.ROWS], self._asked_rows = rows.T, rows
 
+    def are_filed(self, rows: Array) -> bool:
+        """Whether these rows [2, B'], each in its place, are what is to be filed."""
+        return rows is self._filed_rows
+
     def filed(self) -> tuple[Array, Array, Array]:
         """What is to be filed: latents [B', E], rows [2, B'] and lengths [B'] int32."""
         latent = self._filed[:, : layout.ROWS.start].copy()

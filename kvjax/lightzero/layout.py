@@ -84,7 +84,6 @@ def init(
     store = stores.init_store(
         config, num_envs, num_simulations, root_slots=root_slots, node_slots=node_slots
     )
-    windows = pools.total_slots(store.roots) + pools.total_slots(store.nodes) + 2
     kv = store.nodes.entries.kv
     stored, layers, two, heads, size = kv.shape[1:]
 
@@ -92,7 +91,8 @@ def init(
         return _replace(pool, entries=Entry(pool.entries.length, pool.entries.raw))
 
     store = _replace(store, roots=convert(store.roots), nodes=convert(store.nodes))
-    return Filed(store, jnp.zeros((windows, layers, two, heads, stored, size), kv.dtype))
+    shape = _num_windows(store), layers, two, heads, stored, size
+    return Filed(store, jnp.zeros(shape, kv.dtype))
 
 
 def slots_of_row(context_length: int) -> int:
@@ -125,18 +125,24 @@ def look_up(
       The store's counters, with this look-up counted; `batch`; [2, B] int32: each row's length and
       where it was found, see `MISSED`; raw tokens [B, K, E], None if the store keeps none.
     """
-    keys = stores.latent_keys(filed.store, latent, rows[ENV])
-    _, layers, two, heads, stored, size = filed.kv.shape
+    store, kv = filed.store, filed.kv
+    keys = stores.latent_keys(store, latent, rows[ENV])
+    counters, window, info, raw = _find(store, keys, rows, roots_only=roots_only)
+    _, layers, two, heads, stored, size = kv.shape
     shape = layers, two, len(latent), heads, slots_of_row(stored + 1 + BLOCK), size
-    batch = jnp.zeros(shape, filed.kv.dtype)
-    return _look_up(filed, keys, rows, batch, roots_only=roots_only)
+
+    def read(row: jax.Array, batch: jax.Array) -> jax.Array:
+        return _read(kv, window, row, batch)
+
+    batch = jax.lax.fori_loop(0, len(latent), read, jnp.zeros(shape, kv.dtype))
+    return counters, batch, info, raw
 
 
-def _look_up(
-    filed: Filed, keys: jax.Array, rows: jax.Array, batch: jax.Array, *, roots_only: bool
+def _find(
+    store: Store, keys: jax.Array, rows: jax.Array, *, roots_only: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
-    """`look_up` by keys; into `batch`, which keeps what lies behind its rows' ends."""
-    store, env_id, valid = filed.store, rows[ENV], rows[VALID] > 0
+    """`look_up` by keys; instead of a batch, the windows [B] that have to be read."""
+    env_id, valid = rows[ENV], rows[VALID] > 0
     found = stores.only(stores.find(store, keys, env_id, roots_only=roots_only), valid)
     in_root = found.root != NO_SLOT
     where = jnp.where(in_root, IN_ROOTS, jnp.where(found.hit, IN_NODES, MISSED))
@@ -144,10 +150,15 @@ def _look_up(
     node_length = store.nodes.entries.length[found.node]
     length = jnp.where(in_root, root_length, jnp.where(found.hit, node_length, 1))
     window = jnp.where(in_root, found.root, _node_window(store, found.node))
-    batch = _read(filed.kv, jnp.where(found.hit, window, len(filed.kv) + EMPTY), batch)
+    window = jnp.where(found.hit, window, _num_windows(store) + EMPTY)
     store = stores.count_lookups(store, found, valid, roots_only=roots_only)
     store = stores.count_padding(store, length, valid)
-    return store.counters, batch, jnp.stack([length, where]), _raw_tokens(store, found)
+    return store.counters, window, jnp.stack([length, where]), _raw_tokens(store, found)
+
+
+def _num_windows(store: Store) -> int:
+    """Of the store's slots, an empty one and one that nobody reads."""
+    return pools.total_slots(store.roots) + pools.total_slots(store.nodes) + 2
 
 
 def _node_window(store: Store, slot: jax.Array) -> jax.Array:
@@ -162,19 +173,14 @@ def _raw_tokens(store: Store, found: stores.Found) -> jax.Array | None:
     return jnp.where(in_root, roots[found.root], nodes[found.node])
 
 
-def _read(kv: jax.Array, window: jax.Array, batch: jax.Array) -> jax.Array:
-    """Copies windows [B] into the first K slots of a batch, row by row.
+def _read(kv: jax.Array, window: jax.Array, row: jax.Array, batch: jax.Array) -> jax.Array:
+    """Copies a row's window into the first K slots of a batch.
 
-    A loop copies at the speed of memory, in one thread.
+    A loop over rows copies at the speed of memory, in one thread.
     """
-
-    def copy(row: jax.Array, batch: jax.Array) -> jax.Array:
-        tokens = kv[window[row]][:, :, None]
-        copied: jax.Array = jax.lax.dynamic_update_slice(batch, tokens, (0, 0, row, 0, 0, 0))
-        return copied
-
-    filled: jax.Array = jax.lax.fori_loop(0, len(window), copy, batch)
-    return filled
+    tokens = kv[window[row]][:, :, None]
+    copied: jax.Array = jax.lax.dynamic_update_slice(batch, tokens, (0, 0, row, 0, 0, 0))
+    return copied
 
 
 @functools.partial(_jit, static_argnames=("is_root", "keep"), donate_argnames=("filed",))
@@ -208,67 +214,71 @@ def file(
       is_root: whether these are root windows.
       keep: how many of its last tokens a full window keeps, K by default.
     """
-    keys = stores.latent_keys(filed.store, latent, rows[ENV])
-    filing = end, keys, rows, length, correction, raw
-    return _file(filed, batch, *filing, is_root=is_root, keep=keep)
+    store, stored = filed.store, correction.shape[3]
+    keys = stores.latent_keys(store, latent, rows[ENV])
+    store, filing = _add(store, keys, rows, length, stored, raw, is_root=is_root, keep=keep)
+
+    def write(row: jax.Array, kv: jax.Array) -> jax.Array:
+        return _write(kv, filing, row, batch, end, correction)
+
+    return Filed(store, jax.lax.fori_loop(0, len(latent), write, filed.kv))
 
 
-def _file(
-    filed: Filed,
-    batch: jax.Array,
-    end: jax.Array | int,
+@dataclasses.dataclass(frozen=True)
+class _Filing:
+    """How the rows of a batch become windows."""
+
+    window: jax.Array  # [B] int32, where they are written
+    kept: jax.Array  # [B] int32, tokens at the row's end that stay
+    slides: jax.Array  # [B] bool, whether the positions of these change
+
+
+def _add(
+    store: Store,
     keys: jax.Array,
     rows: jax.Array,
     length: jax.Array,
-    correction: jax.Array,
+    stored: int,
     raw: jax.Array | None,
     *,
     is_root: bool,
     keep: int | None,
-) -> Filed:
-    """`file` by keys."""
-    store, stored = filed.store, correction.shape[3]
+) -> tuple[Store, _Filing]:
+    """`file` by keys, all but the windows: where they have to be written."""
     env_id, valid = rows[ENV], rows[VALID] > 0
     slides = length >= stored + BLOCK
     kept = jnp.where(slides, stored if keep is None else keep, length)
     pool, segment = (store.roots, env_id) if is_root else (store.nodes, jnp.zeros_like(env_id))
     pool, slot, evicted = pools.add(pool, keys, segment, Entry(kept, raw), valid=valid)
     window = slot if is_root else _node_window(store, slot)
-    window = jnp.where(slot == NO_SLOT, len(filed.kv) + UNREAD, window)
-    kv = _write(filed.kv, window, batch, end, kept, slides, correction)
+    window = jnp.where(slot == NO_SLOT, _num_windows(store) + UNREAD, window)
     evictions = {"root_evictions" if is_root else "node_evictions": evicted}
     lost = valid & (slot == NO_SLOT)
     counters = statistics.add(store.counters, not_stored=lost, **evictions)
-    store = _replace(store, counters=counters)
+    filing = _Filing(window, kept, slides)
     if is_root:
         latest = stores.with_latest(store, env_id, slot)
-        return Filed(_replace(store, roots=pool, latest=latest), kv)
-    return Filed(_replace(store, nodes=pool), kv)
+        return _replace(store, roots=pool, latest=latest, counters=counters), filing
+    return _replace(store, nodes=pool, counters=counters), filing
 
 
 def _write(
     kv: jax.Array,
-    window: jax.Array,
+    filing: _Filing,
+    row: jax.Array,
     batch: jax.Array,
     end: jax.Array | int,
-    kept: jax.Array,
-    slides: jax.Array,
     correction: jax.Array,
 ) -> jax.Array:
-    """Writes the last `kept` [B] tokens of each row to a window [B], row by row: the last stays."""
+    """Writes the last tokens of a row to its window; of equal windows the last row's stays."""
     layers, two, heads, stored, size = correction.shape
-
-    def write(row: jax.Array, kv: jax.Array) -> jax.Array:
-        start, shape = (0, 0, row, 0, end - stored, 0), (layers, two, 1, heads, stored, size)
-        tokens = jax.lax.dynamic_slice(batch, start, shape)[:, :, 0]
-        tokens = jnp.where(slides[row], tokens + correction, tokens)
-        index = jnp.arange(stored)[:, None]
-        tokens = jnp.where(index >= stored - kept[row], tokens, 0)
-        written: jax.Array = jax.lax.dynamic_update_index_in_dim(kv, tokens, window[row], 0)
-        return written
-
-    filled: jax.Array = jax.lax.fori_loop(0, len(window), write, kv)
-    return filled
+    start, shape = (0, 0, row, 0, end - stored, 0), (layers, two, 1, heads, stored, size)
+    tokens = jax.lax.dynamic_slice(batch, start, shape)[:, :, 0]
+    tokens = jnp.where(filing.slides[row], tokens + correction, tokens)
+    index = jnp.arange(stored)[:, None]
+    tokens = jnp.where(index >= stored - filing.kept[row], tokens, 0)
+    written: jax.Array = jax.lax.dynamic_update_index_in_dim(kv, tokens, filing.window[row], 0)
+    return written
 
 
 @functools.cache
@@ -280,7 +290,9 @@ def file_and_look_up(structure: Any, keep: int | None = None) -> Callable[..., A
       keep: see `file`.
 
     Returns:
-      A function (batch, known, *arrays, correction, raw, notes) -> (changed, raw).
+      A function (batch, known, *arrays, correction, raw, notes) -> (changed, raw). It files a row
+      and then looks that row up, while it is in fast memory, before it files the next one. So each
+      row has an environment of its own, the same when it is filed as when it is looked up.
       `batch` has the rows to file, a block longer than they were found, and gets those that are
       looked up; behind their ends it keeps what it held. `known` [2, B] is what `look_up` said of
       the former and gets what it says of the latter. `arrays` are what `take_apart` gives;
@@ -296,13 +308,18 @@ def file_and_look_up(structure: Any, keep: int | None = None) -> Callable[..., A
         rows = jnp.swapaxes(notes[..., ROWS], 1, 2).astype(jnp.int32)
         latent = notes[..., : ROWS.start]
         keys = jax.vmap(stores.latent_keys, in_axes=(None, 0, 0))(filed.store, latent, rows[:, ENV])
-        end, length = correction.shape[3] + BLOCK, known[0] + BLOCK
-        filing = end, keys[FILED], rows[FILED], length, correction, raw
-        filed = _file(filed, batch, *filing, is_root=False, keep=keep)
-        counters, batch, info, raw = _look_up(
-            filed, keys[ASKED], rows[ASKED], batch, roots_only=False
-        )
-        arrays, _ = take_apart(with_counters(filed, counters))
+        stored, length = correction.shape[3], known[0] + BLOCK
+        entries = keys[FILED], rows[FILED], length, stored, raw
+        store, filing = _add(filed.store, *entries, is_root=False, keep=keep)
+        counters, window, info, raw = _find(store, keys[ASKED], rows[ASKED], roots_only=False)
+
+        def write_and_read(row: jax.Array, state: tuple[jax.Array, jax.Array]) -> Any:
+            kv, batch = state
+            kv = _write(kv, filing, row, batch, stored + BLOCK, correction)
+            return kv, _read(kv, window, row, batch)
+
+        kv, batch = jax.lax.fori_loop(0, len(window), write_and_read, (filed.kv, batch))
+        arrays, _ = take_apart(with_counters(Filed(store, kv), counters))
         return (batch, known.at[:].set(info), *arrays[: first - 2]), raw
 
     options = known_options(one_thread=True) if on_cpu() else None
