@@ -382,7 +382,8 @@ class Bridge:
             rows[layout.ENV, : len(key)] = key
             rows[layout.VALID, : len(key)] = 1
             if len(set(key)) < len(key):
-                return rows  # never filed and looked up in one call, which keeps environments apart
+                # Made anew, these are never the rows that wait: see `Exchange.are_filed`.
+                return rows
             self._rows[key] = rows
         return self._rows[key]
 

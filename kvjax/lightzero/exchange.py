@@ -73,7 +73,10 @@ class Exchange:
             self._asked[:, layout.ROWS], self._asked_rows = rows.T, rows
 
     def are_filed(self, rows: Array) -> bool:
-        """Whether these rows [2, B'], each in its place, are what is to be filed."""
+        """Whether just these rows [2, B'] are to be filed, so that one call can look them up too.
+
+        It looks a row up before it files the next one, so no row may ask for what another files.
+        """
         return rows is self._filed_rows
 
     def filed(self) -> tuple[Array, Array, Array]:
