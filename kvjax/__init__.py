@@ -4,7 +4,13 @@ from kvjax import lightzero, ops
 from kvjax.config import SearchConfig, WindowConfig, WorldModelConfig
 from kvjax.contexts import init_contexts, replay
 from kvjax.dlpack import to_jax, to_torch
-from kvjax.inference import CacheMissError, initial_inference, recurrent_inference
+from kvjax.inference import (
+    CacheMissError,
+    StepInterrupt,
+    StoreFullError,
+    initial_inference,
+    recurrent_inference,
+)
 from kvjax.params_update import on_params_update
 from kvjax.rollout import rollout
 from kvjax.search import prepare, search
@@ -31,7 +37,9 @@ __all__ = [
     "Prediction",
     "SearchConfig",
     "SearchOutput",
+    "StepInterrupt",
     "Store",
+    "StoreFullError",
     "Window",
     "WindowConfig",
     "WorldModelConfig",

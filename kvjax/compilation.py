@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 _SMALL_OPERATIONS = {
     "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
@@ -106,3 +107,28 @@ def _is_known(name: str, value: str) -> bool:
     except jax.errors.JaxRuntimeError:
         return False
     return True
+
+
+@jax.custom_jvp
+def computed_once(x: jax.Array) -> jax.Array:
+    """The same numbers, with the same bits for all who read them.
+
+    XLA computes what is cheap again for each reader, and may round differently. A number that one
+    program both hands out and files, or files something under, must go through this. (On a CPU
+    `jax.lax.optimization_barrier` does not help: it is gone before operations are merged.)
+
+    Args:
+      x: [...] floating point, not empty.
+    """
+    # The result of a loop is computed by nobody else. This one never runs, which XLA cannot know.
+    first = x.reshape(-1)[0]
+    never = jnp.isnan(first) & (first > 0)
+    _, same = jax.lax.while_loop(
+        lambda state: state[0], lambda state: (~state[0], -state[1]), (never, x)
+    )
+    return same
+
+
+@computed_once.defjvp
+def _computed_once_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    return computed_once(*primals), tangents[0]

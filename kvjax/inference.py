@@ -9,23 +9,28 @@ Shapes: B rows, E embedding size, A actions, R support bins.
 
 import dataclasses
 import functools
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kvjax import interrupts, step, world_model
 from kvjax import pool as pools
-from kvjax import step, world_model
 from kvjax import store as stores
 from kvjax.checks import ArrayLike, num_rows, validate_batch, validate_range
+from kvjax.compilation import computed_once
 from kvjax.config import WorldModelConfig, require_one_of
 from kvjax.ops import hashing
 from kvjax.ops import window as windows
+from kvjax.pool import NO_SLOT
 from kvjax.types import Inference, Params, Store, Window
 
 MissPolicy = Literal["context_free", "error", "rebuild"]
 MISS_POLICIES = ("context_free", "error")
+FullPolicy = Literal["error", "evict"]
+FULL_POLICIES = ("error", "evict")
 
 
 class CacheMissError(LookupError):
@@ -40,6 +45,39 @@ class CacheMissError(LookupError):
         super().__init__(f"no window stored for rows {rows}")
         self.store = store
         self.rows = rows
+
+
+class StoreFullError(ValueError):
+    """A search has more nodes than the store was made for, see `init_store`.
+
+    Attributes:
+      store: the store after the step. It lacks the new windows of `rows` and nothing else.
+      rows: indices of the rows whose new windows are not stored.
+    """
+
+    def __init__(self, store: Store, rows: list[int]) -> None:
+        slots = pools.total_slots(store.nodes)
+        super().__init__(
+            f"the store has {slots} node slots and a search needs more (no room for rows {rows}):"
+            f" call init_store with more than {slots // stores.num_envs(store)} num_simulations, or"
+            ' pass full_policy="evict" to go on without the oldest nodes'
+        )
+        self.store = store
+        self.rows = rows
+
+
+class StepInterrupt(KeyboardInterrupt):
+    """An interrupt (Ctrl-C) during a step, raised after it.
+
+    Attributes:
+      store: the store after the step, since the one that was passed in is gone.
+      out: the step's `Inference`.
+    """
+
+    def __init__(self, store: Store, out: Inference) -> None:
+        super().__init__()
+        self.store = store
+        self.out = out
 
 
 def initial_inference(
@@ -83,6 +121,7 @@ def initial_inference(
     Raises:
       ValueError: shapes or dtypes do not fit, or host arrays hold ids out of range.
       CacheMissError: a row missed and the policy is "error".
+      StepInterrupt: an interrupt (Ctrl-C) came; it has the store.
     """
     rows = num_rows(latent)
     ids = {"action": action, "env_id": env_id, "timestep": timestep}
@@ -94,7 +133,8 @@ def initial_inference(
             f' model\'s window_mode is "{config.window_mode}"'
         )
     validate_range("action", action, step.FIRST_STEP, config.num_actions - 1)
-    store, out = _initial(
+    store, out = _uninterrupted(
+        _initial,
         params,
         store,
         last_latent,
@@ -124,6 +164,7 @@ def recurrent_inference(
     config: WorldModelConfig,
     slot: ArrayLike | None = None,
     miss_policy: MissPolicy = "context_free",
+    full_policy: FullPolicy = "error",
     reanalysis: bool = False,
     pads_are_read: bool = False,
     priority: ArrayLike | None = None,
@@ -144,6 +185,9 @@ def recurrent_inference(
       timestep: [B] integer, of the roots; read by rotary positions only.
       slot: [B] int32 handles of the parents' windows.
       miss_policy: "context_free" or "error", as in `initial_inference`.
+      full_policy: what happens if the search has more nodes than the store was made for: "error"
+        stores no window that has no room and raises (inside a jit of your own, `full` tells);
+        "evict" forgets nodes of the running search, whose rows then miss.
       reanalysis: as in `initial_inference`.
       pads_are_read: reproduce release 0.2.0, whose rows attend to the padding of their batch.
       priority: [B] float32 for the "priority" eviction; `-depth` by default.
@@ -152,17 +196,21 @@ def recurrent_inference(
       The store and an `Inference`, as `initial_inference`.
 
     Raises:
-      ValueError, CacheMissError: as `initial_inference`; and more rows than the node pool's slots.
+      ValueError, CacheMissError, StepInterrupt: as `initial_inference`; and more rows than the
+        node pool's slots.
+      StoreFullError: a new window has no room and the policy is "error".
     """
     rows = num_rows(latent)
     ids = {"action": action, "env_id": env_id, "depth": depth, "timestep": timestep}
     ids |= {} if slot is None else {"slot": slot}
     validate_batch(store, config, rows, {"latent": latent}, ids)
     require_one_of("miss_policy", miss_policy, MISS_POLICIES)
+    require_one_of("full_policy", full_policy, FULL_POLICIES)
     validate_range("action", action, 0, config.num_actions - 1)
     if rows > pools.total_slots(store.nodes):
         raise ValueError(f"{rows} rows do not fit into {pools.total_slots(store.nodes)} node slots")
-    store, out = _recurrent(
+    store, out = _uninterrupted(
+        _recurrent,
         params,
         store,
         latent,
@@ -174,12 +222,32 @@ def recurrent_inference(
         priority,
         config=config,
         miss_policy=miss_policy,
+        full_policy=full_policy,
         reanalysis=reanalysis,
         pads_are_read=pads_are_read,
     )
     if miss_policy == "error" and not reanalysis:
         _raise_on_miss(store, out.valid & ~out.hit)
+    if full_policy == "error" and not isinstance(out.full, jax.core.Tracer):
+        full = np.asarray(out.full)
+        if full.any():
+            raise StoreFullError(store, np.flatnonzero(full).tolist())
     return store, out
+
+
+def _uninterrupted(
+    move: Callable[..., tuple[Store, Inference]], *args: Any, **options: Any
+) -> tuple[Store, Inference]:
+    """Calls what moves a store; an interrupt brings the store that comes back."""
+    moved = None
+    try:
+        with interrupts.held():
+            moved = move(*args, **options)
+    except KeyboardInterrupt as interrupt:
+        if moved is None:
+            raise
+        raise StepInterrupt(*moved) from interrupt
+    return moved
 
 
 def _raise_on_miss(store: Store, missed: jax.Array) -> None:
@@ -205,6 +273,7 @@ def _initial(
     miss_policy: MissPolicy,
     reanalysis: bool,
 ) -> tuple[Store, Inference]:
+    latent = computed_once(latent)
     valid = _in_range(env_id, stores.num_envs(store))
     valid &= (action >= step.FIRST_STEP) & (action < config.num_actions)
     continues = valid & (action != step.FIRST_STEP)
@@ -243,13 +312,14 @@ def _initial(
         hit=found.hit,
         slot=handle,
         valid=valid,
+        full=jnp.zeros_like(valid),
     )
     return store, _poison(out)
 
 
 @functools.partial(
     jax.jit,
-    static_argnames=("config", "miss_policy", "reanalysis", "pads_are_read"),
+    static_argnames=("config", "miss_policy", "full_policy", "reanalysis", "pads_are_read"),
     donate_argnames=("store",),
 )
 def _recurrent(
@@ -265,6 +335,7 @@ def _recurrent(
     *,
     config: WorldModelConfig,
     miss_policy: MissPolicy,
+    full_policy: FullPolicy,
     reanalysis: bool,
     pads_are_read: bool,
 ) -> tuple[Store, Inference]:
@@ -298,7 +369,12 @@ def _recurrent(
         child_keys = jax.vmap(hashing.path_key)(keys, action)
     rank = -depth if priority is None else priority
     store, handle = stores.add_nodes(
-        store, child_keys, window, priority=rank.astype(jnp.float32), valid=kept
+        store,
+        child_keys,
+        window,
+        priority=rank.astype(jnp.float32),
+        valid=kept,
+        may_evict=full_policy == "evict",
     )
     out = Inference(
         latent=imagined.latent,
@@ -308,6 +384,7 @@ def _recurrent(
         hit=found.hit,
         slot=handle,
         valid=valid,
+        full=kept & (handle == NO_SLOT) if full_policy == "error" else jnp.zeros_like(kept),
     )
     return store, _poison(out)
 
@@ -374,12 +451,5 @@ def _poison(out: Inference) -> Inference:
     def poison(x: jax.Array) -> jax.Array:
         return jnp.where(out.valid[:, None], x, jnp.nan)
 
-    return Inference(
-        latent=poison(out.latent),
-        reward=poison(out.reward),
-        policy=poison(out.policy),
-        value=poison(out.value),
-        hit=out.hit,
-        slot=out.slot,
-        valid=out.valid,
-    )
+    numbers = ("latent", "reward", "policy", "value")
+    return dataclasses.replace(out, **{name: poison(getattr(out, name)) for name in numbers})

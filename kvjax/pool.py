@@ -39,7 +39,7 @@ NO_SLOT = -1
 PREVIOUS, NEXT, BUCKET, RANK = types.PREVIOUS, types.NEXT, types.BUCKET, types.RANK
 GENERATION, ERA, KEY = types.GENERATION, types.ERA, types.KEY
 CURSOR, CLOCK, SEGMENT_ERA = types.CURSOR, types.CLOCK, types.SEGMENT_ERA
-_FIRST_ERA = 1
+_FIRST_ERA = np.array([1, 0], np.uint32)  # the slots that were never filled are of era 0
 
 
 def init(
@@ -70,11 +70,11 @@ def init(
     total = num_segments * num_slots
     buckets = 1 << (2 * num_slots - 1).bit_length()  # at most half full
     records = jnp.zeros((total + 1, KEY + key_lanes), jnp.uint32)
-    segments = jnp.zeros((num_segments, 3), jnp.uint32)
+    first_era = jnp.zeros((num_segments, 4), jnp.uint32).at[:, SEGMENT_ERA].set(_FIRST_ERA)
     return Pool(
         records=records.at[:, : NEXT + 1].set(total),
         heads=jnp.full((num_segments * buckets + 1,), total, jnp.uint32),
-        segments=segments.at[:, SEGMENT_ERA].set(_FIRST_ERA),
+        segments=first_era,
         entries=jax.tree.map(lambda x: jnp.zeros((total, *jnp.shape(x)), x.dtype), entry),
         eviction=eviction,
     )
@@ -100,7 +100,7 @@ def is_live(pool: Pool, slots: jax.Array | None = None) -> jax.Array:
     """Which slots hold an entry: [B] bool for `slots` [B], all P * S by default."""
     slots = jnp.arange(total_slots(pool)) if slots is None else slots
     era = pool.segments[slots // num_slots(pool), SEGMENT_ERA]
-    return jnp.equal(pool.records[slots, ERA], era)
+    return jnp.all(pool.records[slots, ERA] == era, axis=-1)
 
 
 def find(pool: Pool, key: jax.Array, segment: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -137,7 +137,7 @@ def _walk(pool: Pool, key: jax.Array, segment: jax.Array) -> tuple[jax.Array, ja
     def follow(state: Any) -> Any:
         slot, _, false_match = state
         record = pool.records[slot]
-        same_bucket = (record[ERA] == era) & (record[BUCKET] == bucket)
+        same_bucket = jnp.all(record[ERA] == era) & (record[BUCKET] == bucket)
         found = same_bucket & jnp.all(record[KEY:] == key)
         return jnp.where(found, slot, record[NEXT]), found, false_match | (same_bucket & ~found)
 
@@ -184,6 +184,7 @@ def add(
     *,
     priorities: jax.Array | None = None,
     valid: jax.Array | None = None,
+    may_evict: bool = True,
 ) -> tuple[Pool, jax.Array, jax.Array]:
     """Stores a batch, row by row (see the module's text for what rows do to each other).
 
@@ -193,6 +194,7 @@ def add(
       entries: rows [B, ...] of the pool's entry.
       priorities: [B] float32, with the "priority" policy and only with it; NaN counts as -inf.
       valid: [B] bool, rows to store; all by default.
+      may_evict: False leaves out rows for which an entry had to go.
 
     Returns:
       The pool; the slots, [B] int32, NO_SLOT where a row is not stored (any more); and which rows
@@ -216,7 +218,7 @@ def add(
         pool, slots, evicted = state
         candidate = jnp.where(twin[row] < 0, known[row], slots[twin[row]])
         request = _Request(keys[row], segments[row], ranks[row], valid[row], candidate)
-        pool, slot, evicts = _claim(pool, request)
+        pool, slot, evicts = _claim(pool, request, may_evict=may_evict)
         return pool, slots.at[row].set(slot), evicted.at[row].set(evicts)
 
     nowhere = jnp.full(num_rows, total_slots(pool), jnp.uint32)
@@ -253,7 +255,7 @@ def _check_entries(pool: Pool, entries: Any, num_rows: int) -> None:
 def _ordered(priorities: jax.Array) -> jax.Array:
     """Floats to uint32 in the same order; NaN below all."""
     clean = jnp.where(jnp.isnan(priorities), -jnp.inf, priorities).astype(jnp.float32)
-    bits = jax.lax.bitcast_convert_type(clean + 0.0, jnp.uint32)
+    bits = hashing.canonical_bits(clean)
     negative = bits >> 31 == 1
     return jnp.where(negative, ~bits, bits | np.uint32(1 << 31))
 
@@ -277,19 +279,20 @@ class _Plan:
 
     slot: jax.Array  # [] uint32
     evicts: jax.Array  # [] bool
-    record: jax.Array  # [6 + K] uint32, of the slot
-    state: jax.Array  # [3] uint32, of the segment
+    record: jax.Array  # [7 + K] uint32, of the slot
+    state: jax.Array  # [4] uint32, of the segment
     links: jax.Array  # [3, 2] uint32: a record's place in the flat table, and its new neighbour
     heads: jax.Array  # [2, 2] uint32: a chain's place, and its first slot
 
 
-def _claim(pool: Pool, request: _Request) -> tuple[Pool, jax.Array, jax.Array]:
+def _claim(pool: Pool, request: _Request, *, may_evict: bool) -> tuple[Pool, jax.Array, jax.Array]:
     """Finds or makes a slot for one key and files it: pool, slot, whether an entry had to go.
 
     All reads are done inside a conditional and all writes after it: so XLA cannot merge them, and
     updates the tables in place instead of copying them.
     """
-    plan = jax.lax.cond(request.valid, _plan, _no_plan, pool, request)
+    make = _plan if may_evict else _plan_where_there_is_room
+    plan = jax.lax.cond(request.valid, make, _no_plan, pool, request)
     width = pool.records.shape[1]
     places = plan.slot * np.uint32(width) + jnp.arange(width, dtype=jnp.uint32)
     places = jnp.concatenate([plan.links[:, 0], places])
@@ -314,13 +317,19 @@ def _no_plan(pool: Pool, request: _Request) -> _Plan:
     )
 
 
+def _plan_where_there_is_room(pool: Pool, request: _Request) -> _Plan:
+    plan, nothing = _plan(pool, request), _no_plan(pool, request)
+    chosen: _Plan = jax.tree.map(lambda *pair: jnp.where(plan.evicts, *pair), nothing, plan)
+    return chosen
+
+
 def _plan(pool: Pool, request: _Request) -> _Plan:
     sentinel, no_head = np.uint32(total_slots(pool)), np.uint32(pool.heads.shape[0] - 1)
     width = np.uint32(pool.records.shape[1])
     state, bucket = pool.segments[request.segment], hashing.bucket(request.key)
     era = state[SEGMENT_ERA]
     held = pool.records[request.candidate]
-    known = (request.candidate != sentinel) & (held[ERA] == era)
+    known = (request.candidate != sentinel) & jnp.all(held[ERA] == era)
     known &= jnp.all(held[KEY:] == request.key)
     slot = jnp.where(known, request.candidate, _victim(pool, request.segment, state))
     old = pool.records[slot]
@@ -337,16 +346,17 @@ def _plan(pool: Pool, request: _Request) -> _Plan:
     clock = state[CLOCK] + 1
     rank = {"fifo": jnp.where(known, old[RANK], clock), "lru": clock, "priority": request.rank}
     chain = jnp.where(known, old[: NEXT + 1], jnp.stack([sentinel, first]))
-    filed = jnp.stack([bucket, rank[pool.eviction], old[GENERATION] + ~known, era])
+    generation = jnp.maximum(old[GENERATION] + ~known, 1)  # after 2**32 keys it begins at 1 again
+    filed = jnp.stack([bucket, rank[pool.eviction], generation])
     cursor = (state[CURSOR] + ~known) % np.uint32(num_slots(pool))
     links = [(before * width + NEXT, after), (after_place * width + PREVIOUS, before)]
     links += [(first * width + PREVIOUS, slot)]
     heads = [(jnp.where(old_head == new_head, no_head, old_head), after), (new_head, slot)]
     return _Plan(
         slot=slot,
-        evicts=~known & (old[ERA] == era),
-        record=jnp.concatenate([chain, filed, request.key]),
-        state=jnp.stack([cursor, clock, era]),
+        evicts=~known & jnp.all(old[ERA] == era),
+        record=jnp.concatenate([chain, filed, era, request.key]),
+        state=jnp.concatenate([jnp.stack([cursor, clock]), era]),
         links=jnp.stack([jnp.stack(pair) for pair in links]),
         heads=jnp.stack([jnp.stack(pair) for pair in heads]),
     )
@@ -359,7 +369,7 @@ def _victim(pool: Pool, segment: jax.Array, state: jax.Array) -> jax.Array:
     if pool.eviction == "fifo":
         return start + state[CURSOR]
     records = jax.lax.dynamic_slice_in_dim(pool.records, start, size)
-    live, rank = records[:, ERA] == state[SEGMENT_ERA], records[:, RANK]
+    live, rank = jnp.all(records[:, ERA] == state[SEGMENT_ERA], axis=1), records[:, RANK]
     # Ages by unsigned difference survive a wrap of the clock.
     age = state[CLOCK] - rank if pool.eviction == "lru" else ~rank
     oldest = jnp.argmax(jnp.where(live, age, 0))
@@ -372,7 +382,9 @@ def clear(pool: Pool, segment: jax.Array | int | None = None) -> Pool:
     Args:
       segment: [] integer; all segments by default.
     """
-    fresh = jnp.zeros_like(pool.segments).at[:, SEGMENT_ERA].set(pool.segments[:, SEGMENT_ERA] + 1)
+    low, high = pool.segments[:, SEGMENT_ERA].T
+    era = jnp.stack([low + 1, high + (low + 1 == 0)], axis=1)
+    fresh = jnp.zeros_like(pool.segments).at[:, SEGMENT_ERA].set(era)
     if segment is not None:
         chosen = jnp.arange(pool.segments.shape[0]) == segment
         fresh = jnp.where(chosen[:, None], fresh, pool.segments)
@@ -381,7 +393,7 @@ def clear(pool: Pool, segment: jax.Array | int | None = None) -> Pool:
 
 def remove(pool: Pool, slots: jax.Array) -> Pool:
     """Forgets the entries of chosen slots: [P * S] bool. Touches every record once."""
-    era = jnp.where(slots, 0, pool.records[:-1, ERA])
+    era = jnp.where(slots[:, None], 0, pool.records[:-1, ERA])
     return _replace(pool, records=pool.records.at[:-1, ERA].set(era))
 
 

@@ -1,7 +1,11 @@
-"""Counters that live in a store's state, and how they print."""
+"""Counters that live in a store's state, and how they print.
+
+Counters are 64 bits wide, in two lanes of which the lower comes first: [N, 2] uint32.
+"""
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 COUNTERS = (
     "root_queries",
@@ -25,18 +29,27 @@ COUNTERS = (
 
 
 def init() -> jax.Array:
-    """All counters at zero: [N] uint32."""
-    return jnp.zeros(len(COUNTERS), jnp.uint32)
+    """All counters at zero: [N, 2] uint32."""
+    return jnp.zeros((len(COUNTERS), 2), jnp.uint32)
 
 
 def add(counters: jax.Array, **amounts: jax.Array) -> jax.Array:
     """Adds amounts to the counters of those names: [] each, or all [B], which are summed."""
-    return counters + jnp.sum(_table(amounts).reshape(len(COUNTERS), -1), axis=1, dtype=jnp.uint32)
+    amount = jnp.sum(_table(amounts).reshape(len(COUNTERS), -1), axis=1, dtype=jnp.uint32)
+    low, high = counters[:, 0] + amount, counters[:, 1]
+    return jnp.stack([low, high + (low < amount)], axis=1)
 
 
 def maximum(counters: jax.Array, **values: jax.Array) -> jax.Array:
-    """Raises the counters of those names to values [] that are larger."""
-    return jnp.maximum(counters, _table(values))
+    """Raises the counters of those names, which hold no more than 32 bits, to larger values []."""
+    low = _table(values)
+    return jnp.maximum(counters, jnp.stack([low, jnp.zeros_like(low)], axis=1))
+
+
+def read(counters: jax.Array) -> dict[str, int]:
+    """The counters by name, on the host."""
+    low, high = np.asarray(counters).astype(np.uint64).T
+    return dict(zip(COUNTERS, (low | high << np.uint64(32)).tolist(), strict=True))
 
 
 def _table(values: dict[str, jax.Array]) -> jax.Array:

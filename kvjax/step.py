@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from kvjax import world_model
+from kvjax.compilation import computed_once
 from kvjax.config import WorldModelConfig
 from kvjax.ops import window as windows
 from kvjax.ops.position import observation_position
@@ -128,6 +129,7 @@ def recurrent_step(
     token = world_model.embed_action(params, action, config=config)
     hidden, window = _push(params, token, window, at_action, config, zero_keys)
     reward, latent = world_model.at_action(params, hidden, config=config)
+    latent = computed_once(latent)  # it is stored, returned and hashed
     hidden, window = _push(params, latent, window, at_observation, config, zero_keys)
     policy, value = world_model.at_observation(params, hidden, config=config)
     window = make_room(params, correction, window, latent, may_overflow, config)

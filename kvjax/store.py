@@ -10,7 +10,6 @@ Shapes: B rows, E embedding size, C context_length in tokens, P environments.
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -235,12 +234,23 @@ def add_nodes(
     *,
     priority: jax.Array | None = None,
     valid: jax.Array | None = None,
+    may_evict: bool = True,
 ) -> tuple[Store, jax.Array]:
-    """Stores searched windows in the shared pool; the store and handles [B] int32."""
+    """Stores searched windows in the shared pool; the store and handles [B] int32.
+
+    Nodes are forgotten after each root step, so that an evicted one is of the running search.
+    Without `may_evict` windows for which there is no room are not stored.
+    """
     priority = priority if store.nodes.eviction == "priority" else None
     segment = jnp.zeros(keys.shape[0], jnp.int32)
     nodes, slot, evicted = pools.add(
-        store.nodes, keys, segment, _pack(window), priorities=priority, valid=valid
+        store.nodes,
+        keys,
+        segment,
+        _pack(window),
+        priorities=priority,
+        valid=valid,
+        may_evict=may_evict,
     )
     lost = slot == NO_SLOT if valid is None else valid & (slot == NO_SLOT)
     store = _replace(store, nodes=nodes)
@@ -372,8 +382,7 @@ def count_padding(store: Store, length: jax.Array, rows: jax.Array) -> Store:
 
 def stats(store: Store) -> statistics.Statistics:
     """The statistics of a store, on the host."""
-    values: list[Any] = np.asarray(store.counters).tolist()
-    counted = statistics.Statistics(zip(statistics.COUNTERS, values, strict=True))
+    counted = statistics.Statistics(statistics.read(store.counters))
     for name, pool in {"roots": store.roots, "nodes": store.nodes}.items():
         counted[f"{name}_stored"] = int(np.sum(np.asarray(pools.is_live(pool))))
         counted[f"{name}_slots"] = pools.total_slots(pool)

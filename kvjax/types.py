@@ -96,11 +96,12 @@ PREVIOUS, NEXT = 0, 1  # neighbours in the chain; the sentinel ends it
 BUCKET = 2  # 32 bits of the key
 RANK = 3  # eviction order: time of insertion (fifo), of use (lru), or the priority
 GENERATION = 4  # how many keys the slot has held; 0 only if it was never filled
-ERA = 5  # the segment's era when the slot was filled; another era means it was cleared
-KEY = 6
+ERA = slice(5, 7)  # the segment's era when the slot was filled; another one: it was cleared
+KEY = 7
 
 # Columns of a segment's state.
-CURSOR, CLOCK, SEGMENT_ERA = 0, 1, 2
+CURSOR, CLOCK = 0, 1
+SEGMENT_ERA = slice(2, 4)  # 64 bits, the lower half first: it counts up and never comes back
 
 
 @functools.partial(
@@ -112,9 +113,9 @@ CURSOR, CLOCK, SEGMENT_ERA = 0, 1, 2
 class Pool(display.Drawn):
     """P segments of S hashed slots, see `kvjax.pool`."""
 
-    records: jax.Array  # [P * S + 1, 6 + K] uint32: links, age and key of each slot
+    records: jax.Array  # [P * S + 1, 7 + K] uint32: links, age and key of each slot
     heads: jax.Array  # [P * M + 1] uint32: first slot of each bucket's chain
-    segments: jax.Array  # [P, 3] uint32: cursor, clock and era
+    segments: jax.Array  # [P, 4] uint32: cursor, clock and era
     entries: Any  # rows [P * S, ...]
     eviction: str  # static
 
@@ -122,12 +123,12 @@ class Pool(display.Drawn):
         records, segments = np.asarray(self.records), np.asarray(self.segments)
         if records.ndim != segments.ndim or records.ndim != 2:
             return None
-        era, clock = (segments[:, [column]] for column in (SEGMENT_ERA, CLOCK))
+        era, clock = segments[:, None, SEGMENT_ERA], segments[:, [CLOCK]]
         slots = records[:-1].reshape(len(segments), -1, records.shape[1])
-        rank = slots[..., RANK]
+        live, rank = (slots[..., ERA] == era).all(axis=-1), slots[..., RANK]
         if self.eviction != "priority":
             rank = ~(clock - rank)  # ages, as the clock may have wrapped
-        return display.pool(name, slots[..., ERA] == era, rank, len(segments), self.eviction)
+        return display.pool(name, live, rank, len(segments), self.eviction)
 
 
 @functools.partial(
@@ -142,14 +143,13 @@ class Store(display.Drawn):
     roots: Pool  # one segment per environment
     nodes: Pool  # a single segment
     epoch: jax.Array  # [] uint32, counts parameter updates
-    counters: jax.Array  # [N] uint32, see `kvjax.statistics.COUNTERS`
+    counters: jax.Array  # [N, 2] uint32, see `kvjax.statistics`
     latest: jax.Array | None  # [P] int32 slot of each newest root, where raw tokens are kept
     verify_keys: bool  # static: keys hold the latent itself
 
     def _picture(self) -> display.Picture | None:
         pools = [self.roots._picture("roots"), self.nodes._picture("nodes")]
-        counts = dict(zip(statistics.COUNTERS, np.asarray(self.counters).tolist(), strict=True))
-        return display.store(pools, self.epoch, counts)
+        return display.store(pools, self.epoch, statistics.read(self.counters))
 
 
 @jax.tree_util.register_dataclass
@@ -164,3 +164,4 @@ class Inference:
     hit: jax.Array  # [B] bool, the parent's window was found (a first step needs none: False)
     slot: jax.Array  # [B] int32 handle of the new window, NO_SLOT if it is not stored
     valid: jax.Array  # [B] bool, False: an id was out of range, the row is NaN and not stored
+    full: jax.Array  # [B] bool, the new window is not stored: the node pool has no slot left

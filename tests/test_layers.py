@@ -9,7 +9,7 @@ from pathlib import Path
 import kvjax
 
 LAYERS = (
-    ("config", "display", "display_tree", "statistics", "compilation"),
+    ("config", "display", "display_tree", "statistics", "compilation", "interrupts"),
     ("types", "dlpack"),
     ("ops.window", "ops.position", "ops.attention", "ops.support", "ops.hashing"),
     ("ops", "reference_tree"),
