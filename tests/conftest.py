@@ -1,10 +1,12 @@
 """Shared models and files."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from kvjax import checkpoint, world_model
@@ -44,12 +46,15 @@ def with_mode(config, mode):
 
 def random_params(config, seed=0):
     """Every weight random, norms and statistics too, so that none can be left out unnoticed."""
-    rng = jax.random.key(seed)
-    params = world_model.init_params(rng, config)
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(rng, len(leaves))
-    noise = [0.2 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
-    params = jax.tree.map(jnp.add, params, jax.tree.unflatten(tree, noise))
-    for stats in params.get("batch_stats", {}).values():
-        stats["batch_norm"]["var"] = jnp.abs(stats["batch_norm"]["var"])
-    return params
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        value = 0.2 * rng.normal(size=leaf.shape)
+        if path[-1].key in ("kernel", "embedding"):  # as wide as they are when training begins
+            inputs = math.prod(leaf.shape[:-1]) if path[-1].key == "kernel" else leaf.shape[-1]
+            value += rng.normal(size=leaf.shape) / math.sqrt(inputs)
+        if path[-1].key in ("scale", "var"):
+            value = np.abs(1.0 + value)
+        return jnp.asarray(value, leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, world_model.params_shapes(config))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import signal
 
 import chex
 import jax
@@ -12,6 +13,9 @@ from conftest import SMALL, random_params
 
 from kvjax import (
     CacheMissError,
+    StepInterrupt,
+    StoreFullError,
+    inference,
     init_store,
     initial_inference,
     recurrent_inference,
@@ -346,6 +350,50 @@ def test_evictions_are_counted_and_an_evicted_row_has_no_slot():
     assert out.slot.tolist()[0] == NO_SLOT
     assert out.slot.tolist()[1] != NO_SLOT
     assert (stats(store)["root_evictions"], stats(store)["not_stored"]) == (1, 1)
+
+
+def test_a_search_larger_than_the_store_is_refused_and_loses_nothing():
+    """It used to lose the nodes that it was about to go on from."""
+    store, out = first_step(init_store(SMALL, ENVS, 2), latents(0))
+    found = []
+    for depth in (1, 2):
+        found.append(np.asarray(out.latent))
+        store, out = recurrent(store, found[-1], zeros(), np.arange(ENVS), zeros() + depth, zeros())
+    with pytest.raises(StoreFullError, match="more than 2 num_simulations") as error:
+        recurrent(store, out.latent, zeros(), np.arange(ENVS), zeros() + 3, zeros())
+    assert error.value.rows == [0, 1, 2]
+    store = error.value.store
+    assert stats(store)["node_evictions"] == 0
+    for latent in [*found, np.asarray(out.latent)]:
+        key = stores.latent_keys(store, jnp.asarray(latent), jnp.arange(ENVS))
+        assert stores.find(store, key, jnp.arange(ENVS)).hit.all()
+    # What is known already needs no slot.
+    store, again = recurrent(store, found[0], zeros(), np.arange(ENVS), zeros() + 1, zeros())
+    assert again.hit.all()
+    assert not again.full.any()
+    options = {"full_policy": "evict"}
+    store, _ = recurrent(
+        store, out.latent, zeros(), np.arange(ENVS), zeros() + 3, zeros(), **options
+    )
+    assert stats(store)["node_evictions"] == ENVS
+    assert_sound(store)
+
+
+def test_an_interrupted_step_brings_its_store(monkeypatch):
+    def interrupted(*args, **options):
+        moved = _recurrent(*args, **options)
+        signal.raise_signal(signal.SIGINT)
+        return moved
+
+    store, root = first_step(fresh(), latents(0))
+    monkeypatch.setattr(inference, "_recurrent", interrupted)
+    ids = zeros(), np.arange(ENVS), zeros() + 1, zeros()
+    with pytest.raises(StepInterrupt) as error:
+        recurrent(store, root.latent, *ids)
+    assert isinstance(error.value, KeyboardInterrupt)
+    monkeypatch.undo()
+    _, out = recurrent(error.value.store, np.asarray(error.value.out.latent), *ids)
+    assert out.hit.all()
 
 
 def test_verified_keys_survive_a_broken_digest(monkeypatch):

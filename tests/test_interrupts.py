@@ -9,12 +9,16 @@ from kvjax import interrupts
 
 
 def test_an_interrupt_waits_for_the_end_of_the_outermost_block():
-    done = []
-    with pytest.raises(KeyboardInterrupt), interrupts.held():
+    def interrupted():
         with interrupts.held():
-            signal.raise_signal(signal.SIGINT)
-            done.append("inner")
-        done.append("outer")
+            with interrupts.held():
+                signal.raise_signal(signal.SIGINT)
+                done.append("inner")
+            done.append("outer")
+
+    done = []
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert done == ["inner", "outer"]
     with pytest.raises(KeyboardInterrupt):  # from now on they come at once
         signal.raise_signal(signal.SIGINT)

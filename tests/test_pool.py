@@ -68,7 +68,7 @@ def make(eviction, num_slots=SLOTS, num_segments=SEGMENTS):
     )
 
 
-add = jax.jit(pools.add)
+add = jax.jit(pools.add, static_argnames="may_evict")
 clear = jax.jit(pools.clear)
 touch = jax.jit(pools.touch)
 find = jax.jit(jax.vmap(pools.find, in_axes=(None, 0, 0)))
@@ -143,18 +143,33 @@ def test_random_operations_agree_with_the_oracle(eviction):
         database=None,
         suppress_health_check=list(HealthCheck),
     )
-    @given(st.lists(operation, min_size=OPERATIONS, max_size=OPERATIONS))
-    def run(operations):
+    @given(st.lists(operation, min_size=OPERATIONS, max_size=OPERATIONS), st.booleans())
+    def run(operations, is_old):
         nonlocal done
         pool, oracles = make(eviction), [Oracle(eviction) for _ in range(SEGMENTS)]
+        pool = aged(pool) if is_old else pool
         for number, (name, argument) in enumerate(operations):
             pool = apply(pool, oracles, name, argument, 10.0 * (number + 1))
+            pool = with_last_generations(pool) if is_old else pool
             assert_sound(pool)
             assert_agrees(pool, oracles)
             done += ROWS
 
     run()
     assert done >= 20_000 / len(pools.EVICTIONS)
+
+
+def aged(pool):
+    """As after 50 days: what is counted in 32 bits is about to begin anew."""
+    almost = jnp.uint32(2**32 - 2)
+    segments = pool.segments.at[:, pools.CLOCK].set(almost)
+    return dataclasses.replace(pool, segments=segments.at[:, pools.SEGMENT_ERA.start].set(almost))
+
+
+def with_last_generations(pool):
+    held = pool.records[:, pools.GENERATION]
+    last = jnp.where(held > 0, jnp.uint32(2**32 - 1), 0)
+    return dataclasses.replace(pool, records=pool.records.at[:, pools.GENERATION].set(last))
 
 
 def apply(pool, oracles, name, argument, entry):
@@ -245,6 +260,29 @@ def test_priorities_of_every_kind_are_ordered():
     nan, negative_zero = pools._ordered(jnp.asarray([np.nan, -0.0], jnp.float32))
     assert nan == order[0]
     assert negative_zero == order[4]
+
+
+def test_zeros_of_both_signs_are_a_tie_in_a_compiled_program():
+    pool = make("priority", num_slots=2, num_segments=1)
+    pool, _, _ = put(pool, [0, 1], priorities=jnp.asarray([0.0, -0.0]))
+    pool, _, _ = put(pool, [2], priorities=jnp.asarray([1.0]))
+    assert stored(pool) == [2, 1]
+
+
+@pytest.mark.parametrize("eviction", pools.EVICTIONS)
+def test_without_leave_to_evict_what_has_no_room_is_left_out(eviction):
+    pool, ranks = make(eviction, num_slots=2, num_segments=1), {}
+    if eviction == "priority":
+        ranks = {"priorities": jnp.arange(4.0)}
+    pool, slots, evicted = put(pool, [0, 1, 2, 0], entries=[1, 2, 3, 4], may_evict=False, **ranks)
+    assert slots.tolist() == [0, 1, NO_SLOT, 0]
+    assert not evicted.any()
+    assert stored(pool) == [0, 1]
+    assert pool.entries[:, 0].tolist() == [4.0, 2.0]
+    assert_sound(pool)
+    pool, slots, evicted = put(pool, [4, 5, 6, 1], **ranks)  # with leave
+    assert evicted.any()
+    assert_sound(pool)
 
 
 @pytest.mark.parametrize("eviction", ["fifo", "lru"])

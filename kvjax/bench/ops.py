@@ -300,7 +300,15 @@ def _recurrent_step(
     def search() -> None:
         nonlocal store, latent
         store, out = recurrent_inference(
-            params, store, latent, ids[1], ids[0], ids[1], ids[1], config=config
+            params,
+            store,
+            latent,
+            ids[1],
+            ids[0],
+            ids[1],
+            ids[1],
+            config=config,
+            full_policy="evict",
         )
         latent = timing.finished(out.latent)
 
