@@ -450,7 +450,15 @@ def lowered(node_slots):
     yield (
         store,
         _recurrent.lower(
-            PARAMS, store, latents(), *ids, None, None, pads_are_read=False, **options
+            PARAMS,
+            store,
+            latents(),
+            *ids,
+            None,
+            None,
+            full_policy="error",
+            pads_are_read=False,
+            **options,
         ),
     )
     yield (
