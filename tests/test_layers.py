@@ -9,7 +9,7 @@ from pathlib import Path
 import kvjax
 
 LAYERS = (
-    ("config", "display", "display_tree", "statistics", "compilation", "interrupts"),
+    ("config", "display", "display_tree", "statistics", "compilation", "interrupts", "files"),
     ("types", "dlpack"),
     ("ops.window", "ops.position", "ops.attention", "ops.support", "ops.hashing"),
     ("ops", "reference_tree"),
