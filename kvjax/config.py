@@ -1,6 +1,7 @@
 """Static, hashable, validated configuration. What varies per call is an array."""
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any, Literal, get_args
 
 BLOCK = 2
@@ -10,6 +11,9 @@ MIN_CONTEXT = 2 * BLOCK
 """The smallest context that still holds a block after a slide."""
 
 DTYPES = ("float32", "bfloat16", "float64")
+
+MAX_LISTED = 5
+"""Names that a message lists at most."""
 
 WindowMode = Literal["learned", "rope_lightzero", "rope_consistent", "rebuild", "reset"]
 WINDOW_MODES: tuple[WindowMode, ...] = get_args(WindowMode)
@@ -46,6 +50,31 @@ def require_positive(owner: Any, *names: str) -> None:
 def require_one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     """Raises `ValueError` unless the value is one of the allowed ones."""
     require(value in allowed, f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names in order, for a message: the first few, and how many more there are."""
+    names = sorted(names)
+    more = len(names) - MAX_LISTED
+    return ", ".join(names[:MAX_LISTED]) + (f" and {more} more" if more > 0 else "")
+
+
+def check_stored_env(source: Any, env_id: str, said: str | None = None) -> None:
+    """Refuses an environment out of a file whose name makes Gymnasium import a module.
+
+    Args:
+      source: the file, for the message.
+      env_id: what the file says; `module:Env` imports that module.
+      said: what the user says, who may mean just that.
+
+    Raises:
+      ValueError: the identifier has a colon and the user has not said it.
+    """
+    require(
+        ":" not in env_id or env_id == said,
+        f"{source} names the environment {env_id!r}, for which Gymnasium imports a module: if you"
+        " trust it, say it yourself (--env)",
+    )
 
 
 @dataclasses.dataclass(frozen=True)

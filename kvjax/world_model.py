@@ -204,16 +204,27 @@ def params_shapes(config: WorldModelConfig) -> Params:
 
 
 def check_parameter(name: str, value: np.ndarray[Any, Any], shape: tuple[int, ...]) -> None:
-    """Refuses a weight that has another shape or is not finite.
+    """Refuses a weight that has another shape, is no floating-point number or is not finite.
 
     Raises:
       ValueError: with the weight's name, what was expected and what came.
     """
+    check_kind(name, value.dtype)
     if value.shape != shape:
         raise ValueError(f"{name} has shape {value.shape}, expected {shape}")
     if not np.isfinite(value).all():
         count = int((~np.isfinite(value)).sum())
         raise ValueError(f"{name} holds {count} values that are NaN or infinite")
+
+
+def check_kind(name: str, dtype: Any) -> None:
+    """Refuses weights that are complex, integers or booleans.
+
+    Raises:
+      ValueError: with the weight's name and what it holds.
+    """
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"{name} holds {dtype}, expected floating-point numbers")
 
 
 def _apply(config: WorldModelConfig, params: Params, *args: Any, method: str) -> Any:

@@ -1,7 +1,9 @@
 """LightZero's torch weights to kvjax: names, shapes, variants.
 
 Reads UniZero models of release 0.2.0 and of the main branch in inference. What a checkpoint's
-shapes tell is inferred; what they don't tell (heads, context length) must be said.
+shapes tell is inferred; what they don't tell (heads, context length) is taken from the options, a
+live model's configuration, or LightZero's `total_config.py` beside the file. What contradicts the
+tensors is refused.
 """
 
 import dataclasses
@@ -10,38 +12,34 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from kvjax import world_model
-from kvjax.config import Layout, WindowMode, WorldModelConfig
-from kvjax.lightzero import encoder_tensors
-from kvjax.types import Params
-
-Tensors = dict[str, np.ndarray[Any, Any]]
-
-IGNORED = (
-    r"decoder_network\..*",
-    r"head_dict\..*",
-    r"lpips\..*",
-    r".*\.attn\.mask",
-    r".*\.freqs_cis",
-    r".*\.num_batches_tracked",
+from kvjax.config import WorldModelConfig, listed, require
+from kvjax.lightzero import (
+    configuration,
+    described,
+    encoder_tensors,
+    module,
+    shapes,
+    tensors,
+    torch_file,
 )
-"""Tensors that a checkpoint holds and inference does not read (patterns of their names)."""
-
-_WRAPPERS = r"(?:^|(?<=\.))(?:_orig_mod|module)\."  # torch.compile, DistributedDataParallel
-_ENCODER_COPY = "tokenizer.encoder."
+from kvjax.lightzero.described import CLIP, Described
+from kvjax.lightzero.tensors import Tensors
+from kvjax.types import Params
 
 _UNSUPPORTED = {
     r"transformer\.blocks\.\d+\.gate[12]\.": "GRU gating",
     r"transformer\.blocks\.\d+\.(experts|feed_forward\.(experts|gate))\.": "mixture of experts",
     r".*\.lora_": "LoRA adapters",
     r"act_embedding_table\.0\.": "continuous actions",
-    r".*task_emb": "multi-task models",
+    r".*task_emb|head_\w+_multi_task\.": "multi-task models",
+    r"head_\w+\.head_module\.\d+\.(experts|gate|phi)\b": "heads with a mixture of experts",
     r".*register_token": "register tokens",
 }
 
@@ -55,30 +53,20 @@ _LEAVES = {
 }
 """Flax's leaf names and torch's."""
 
-_HEAD_LAYERS = {
-    "0.2.0": {"hidden": 0, "output": 2},
-    "main": {"input_norm": 0, "hidden": 1, "hidden_norm": 2, "output": 4},
-}
-_HEADS = {
-    "reward_head": "head_rewards",
-    "latent_head": "head_observations",
-    "policy_head": "head_policy",
-    "value_head": "head_value",
-}
 _FEED_FORWARD = {"0.2.0": "mlp", "main": "feed_forward"}
-_POSITIONS = "pos_emb.weight"
-_LATENT_NORM = "head_observations.head_module.5"
 
 _log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class Imported:
-    """A LightZero model in kvjax's terms, and the tensors that inference left out."""
+    """A LightZero model in kvjax's terms, where that is from, and what was left out."""
 
     config: WorldModelConfig
     params: Params
-    ignored: tuple[str, ...]  # names as the source has them
+    ignored: tuple[str, ...]  # tensors that inference does not read, as the source names them
+    origins: Mapping[str, str]  # fields of the configuration: "as you said", "from ..."
+    notes: tuple[str, ...] = ()  # what whoever runs the model should know of it
 
 
 def load(source: Any, **options: Any) -> tuple[WorldModelConfig, Params]:
@@ -86,188 +74,102 @@ def load(source: Any, **options: Any) -> tuple[WorldModelConfig, Params]:
 
     Args:
       source: path of a `.pth.tar` file (read weights-only), its dictionary, a state dict, or a
-        torch `WorldModel` or `UniZeroModel`, whose configuration is then read too.
+        torch `WorldModel` or `UniZeroModel`, whose configuration is then read too. Beside a file,
+        or one folder above, LightZero's `total_config.py` is read (and never executed).
       **options: fields of `WorldModelConfig` that shapes do not tell: `num_heads` and
-        `context_length` always, `simnorm_group` or `support` where they differ from LightZero's
-        defaults.
+        `context_length` where no configuration does, `simnorm_group`, `rope_theta`, `support` or
+        `image_shape` where they differ from LightZero's defaults. They win over a configuration.
+        `use_policy_logits_clip="ignore"` reads a model of main whose policy logits are clipped in
+        inference, which kvjax does not do: priors, and so searches, differ where logits are large.
 
     Returns:
-      The configuration and the Flax variables. Tensors that inference ignores (`IGNORED` and the
-      tokenizer's copies of the encoder) are named in the log.
+      The configuration and the Flax variables. The log names where the configuration is from and
+      the tensors that inference ignores (`kvjax.lightzero.tensors.IGNORED` and the tokenizer's
+      copies of the encoder); it warns of options that contradict the model's configuration.
 
     Raises:
       FileNotFoundError: no such file.
       ImportError: a torch file without torch installed.
-      ValueError: an unreadable file, an unsupported variant, a missing, unused, misshapen or
-        non-finite tensor, or an option that is missing or contradicts the shapes.
+      ValueError: an unreadable or damaged file, an unsupported variant, a missing, unused,
+        misshapen or non-finite tensor or one that is no floating-point number, an option that is
+        missing, or an option or a configuration that contradicts the tensors: a table or a mask of
+        positions shorter than a window of C - 1 tokens, another width, other heads.
     """
     imported = read(source, **options)
     _log.info("ignored by inference: %s", ", ".join(imported.ignored) or "nothing")
+    for name, origin in imported.origins.items():
+        _log.info("%s=%r, %s", name, getattr(imported.config, name), origin)
     return imported.config, imported.params
 
 
 def read(source: Any, **options: Any) -> Imported:
-    """Like `load`, with the names of the ignored tensors."""
+    """Like `load`, with the names of the ignored tensors and where the configuration is from."""
+    said = {name: value for name, value in options.items() if value is not None}
+    clip = said.pop(CLIP, None)
+    require(clip in (None, "ignore"), f'{CLIP} can only be "ignore", got {clip!r}')
+    configuration.check_names(said)
+    told, state = _open(source)
+    found = tensors.sort(state)
+    _refuse_unsupported(found)
+    notes = _clip_notes(found, told, clip)
+    config, origins = configuration.configure(found, said, told)
+    params = _to_flax(found.weights, config)
+    return Imported(config, params, found.ignored, origins, notes)
+
+
+def _open(source: Any) -> tuple[Described, Any]:
+    """What a source's own configuration says, and its state dict."""
+    told = Described()
     if isinstance(source, str | os.PathLike):
-        source = _read_torch_file(Path(source))
+        path = Path(source)
+        source = torch_file.read(path)
+        told = described.by_file(path)
+    source = module.unwrap(source)
     if hasattr(source, "state_dict"):
-        options = _module_options(source) | options
+        told = described.by_module(source)
         source = source.state_dict()
     if not isinstance(source, Mapping):
         raise ValueError(f"expected a path, a state dict or a torch module, got {type(source)}")
-    tensors, ignored = _canonical(source.get("model", source))
-    _refuse_unsupported(tensors, ignored)
-    config = _infer_config(tensors, options)
-    params = _to_flax(tensors, config)
-    return Imported(config, params, ignored)
+    return told, source.get("model", source)
 
 
-def _read_torch_file(path: Path) -> Mapping[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"no such checkpoint: {path}")
-    try:
-        import torch
-    except ImportError as error:
-        raise ImportError(
-            f"reading the torch file {path} needs torch (pip install torch); or convert it once"
-            " with `kvjax convert` where torch is installed"
-        ) from error
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for truncated or foreign files
-        raise ValueError(
-            f"{path} is not a readable torch checkpoint (truncated, or more than weights):"
-            f" {str(error).splitlines()[0]}"
-        ) from error
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{path} holds a {type(content).__name__}, expected a dictionary")
-    return content
-
-
-def _module_options(module: Any) -> dict[str, Any]:
-    """What a live torch module's own configuration tells."""
-    config = getattr(getattr(module, "world_model", module), "config", None)
-    if config is None:
-        raise ValueError(f"{type(module).__name__} has no config: expected a LightZero WorldModel")
-    if getattr(config, "use_policy_logits_clip", False):
-        raise ValueError("unsupported variant: use_policy_logits_clip")
-    options = {"num_heads": config.num_heads, "context_length": config.context_length}
-    options["window_mode"] = _module_window_mode(config)
-    if getattr(config, "rotary_emb", False):
-        options["rope_theta"] = float(getattr(config, "rope_theta", 10000.0))
-    if hasattr(config, "group_size"):
-        options["simnorm_group"] = config.group_size
-    encoder = getattr(getattr(module, "tokenizer", None), "encoder", None)
-    options |= encoder_tensors.module_options(encoder)
-    return options
-
-
-def _module_window_mode(config: Any) -> WindowMode:
-    modes: dict[str, WindowMode] = {
-        "rotary_emb": "rope_lightzero",
-        "rebuild_kv_window_from_tokens": "rebuild",
-        "exact_kv_window_reset": "reset",
-    }
-    said = [name for name in modes if getattr(config, name, False)]
-    if len(said) > 1:
-        raise ValueError(f"{' and '.join(said)} exclude each other")
-    return modes[said[0]] if said else "learned"
-
-
-def _to_numpy(tensor: Any) -> np.ndarray[Any, Any]:
-    if isinstance(tensor, np.ndarray):
-        return tensor
-    tensor = tensor.detach().cpu()
-    return cast(
-        "np.ndarray[Any, Any]",
-        (tensor.float() if tensor.is_floating_point() else tensor).numpy().copy(),
+def _clip_notes(found: tensors.Sorted, told: Described, clip: str | None) -> tuple[str, ...]:
+    """Refuses clipped logits, or says what it means to ignore that they are clipped."""
+    bounds = tensors.CLIP_BOUND in found.telling
+    if not (bounds if told.clips_logits is None else told.clips_logits):
+        return ()
+    require(
+        clip == "ignore",
+        f"unsupported variant: {CLIP} ({told.origin or tensors.CLIP_BOUND} says so): LightZero"
+        f' clips the logits of the policy in inference, kvjax does not; {CLIP}="ignore" reads it'
+        " all the same",
     )
+    note = (
+        f"{CLIP} is ignored: logits of the policy are not clipped, searches differ from LightZero's"
+    )
+    _log.warning("%s", note)
+    return (note,)
 
 
-def _canonical(state: Mapping[str, Any]) -> tuple[Tensors, tuple[str, ...]]:
-    """Strips wrappers, folds the encoder's copies into one, sets ignored tensors aside."""
-    tensors: Tensors = {}
-    ignored = []
-    for original, tensor in state.items():
-        if not hasattr(tensor, "shape"):
-            raise ValueError(f"{original} is a {type(tensor).__name__}, expected a tensor")
-        name = re.sub(_WRAPPERS, "", original).removeprefix("world_model.")
-        if name.startswith(_ENCODER_COPY):
-            name = encoder_tensors.PREFIX + name.removeprefix(_ENCODER_COPY)
-        name = name.removeprefix("tokenizer.")
-        if any(re.fullmatch(pattern, name) for pattern in IGNORED):
-            ignored.append(original)
-            continue
-        value = _to_numpy(tensor)
-        if name in tensors:
-            if not np.array_equal(tensors[name], value, equal_nan=True):
-                raise ValueError(f"{original} differs from the first copy of {name}")
-            ignored.append(original)
-        tensors.setdefault(name, value)
-    return tensors, tuple(ignored)
-
-
-def _refuse_unsupported(tensors: Tensors, ignored: tuple[str, ...]) -> None:
+def _refuse_unsupported(found: tensors.Sorted) -> None:
+    weights = found.weights
     for pattern, variant in _UNSUPPORTED.items():
-        for name in tensors:
+        for name in weights:
             if re.match(pattern, name):
                 raise ValueError(f"unsupported variant: {variant} (tensor {name})")
-    encoder_tensors.refuse_unsupported(tensors)
-    has_rotations = any(name.endswith("freqs_cis") for name in ignored)  # only 0.2.0 saves them
-    if _layout(tensors) == "0.2.0" and not has_rotations and "transformer.ln_f.weight" in tensors:
-        _shape(tensors, _POSITIONS)
-
-
-def _shape(tensors: Tensors, name: str) -> tuple[int, ...]:
-    if name not in tensors:
-        raise ValueError(f"missing tensor {name}: this is not a UniZero world model, or not all")
-    return tuple(tensors[name].shape)
-
-
-def _infer_config(tensors: Tensors, options: dict[str, Any]) -> WorldModelConfig:
-    known = sorted(field.name for field in dataclasses.fields(WorldModelConfig))
-    unknown = sorted(set(options) - set(known))
-    if unknown:
-        raise ValueError(f"unknown options {', '.join(unknown)}; known are {', '.join(known)}")
-    for name in ("num_heads", "context_length"):
-        if options.get(name) is None:
-            raise ValueError(f"{name} is not stored in a LightZero checkpoint: pass {name}=...")
-    inferred = _inferred_fields(tensors)
-    for name in inferred.keys() & options.keys():
-        if name != "support" and not encoder_tensors.agree(name, options[name], inferred[name]):
-            raise ValueError(f"{name}={options[name]!r}, but the tensors say {inferred[name]!r}")
-    if inferred["max_tokens"] is None:
-        options = {"window_mode": "rope_lightzero"} | options
-    config = WorldModelConfig(**(inferred | options))
-    bins = _shape(tensors, _output_layer(tensors, "head_rewards"))[0]
-    if config.support_size != bins:
-        raise ValueError(f"support {config.support} has {config.support_size} bins, not {bins}")
-    return config
-
-
-def _output_layer(tensors: Tensors, head: str) -> str:
-    return f"{head}.head_module.{_HEAD_LAYERS[_layout(tensors)]['output']}.weight"
-
-
-def _layout(tensors: Tensors) -> Layout:
-    return "main" if "head_rewards.head_module.4.weight" in tensors else "0.2.0"
-
-
-def _inferred_fields(tensors: Tensors) -> dict[str, Any]:
-    embed_dim = _shape(tensors, "transformer.ln_f.weight")[0]
-    is_rotary = _POSITIONS not in tensors
-    layers = {m[1] for name in tensors if (m := re.match(r"transformer\.blocks\.(\d+)\.", name))}
-    output = _output_layer(tensors, "head_rewards")
-    bins = _shape(tensors, output)[0]
-    return {
-        "embed_dim": embed_dim,
-        "num_layers": len(layers),
-        "num_actions": _shape(tensors, "act_embedding_table.weight")[0],
-        "max_tokens": None if is_rotary else _shape(tensors, _POSITIONS)[0],
-        "support": (-(bins // 2), bins // 2),
-        "layout": _layout(tensors),
-        "latent_norm": "layernorm" if f"{_LATENT_NORM}.weight" in tensors else "simnorm",
-    } | encoder_tensors.inferred_fields(tensors)
+    encoder_tensors.refuse_unsupported(weights)
+    for head in shapes.HEADS.values():
+        name = f"{head}.head_module.1.weight"
+        hidden, width = (weights[name].shape if name in weights else (0, 1))[:2]
+        require(
+            hidden != width,
+            f"unsupported variant: multi-task heads ({name} has {hidden} rows of {width} numbers;"
+            " main's models of one task have four times as many rows)",
+        )
+    has_rotations = any(name.endswith(tensors.ROTATIONS) for name in found.telling)
+    is_early = shapes.layout(weights) == "0.2.0" and not has_rotations  # else it saves them
+    if is_early and shapes.FINAL_NORM in weights:
+        shapes.shape_of(weights, shapes.POSITIONS, 2)
 
 
 def _modules(config: WorldModelConfig) -> Iterator[tuple[str, str]]:
@@ -283,17 +185,17 @@ def _modules(config: WorldModelConfig) -> Iterator[tuple[str, str]]:
         for name, torch_name in layers.items():
             yield f"blocks_{block}/{name}", f"transformer.blocks.{block}.{torch_name}"
     yield "final_norm", "transformer.ln_f"
-    for head, torch_head in _HEADS.items():
-        for layer, index in _HEAD_LAYERS[config.layout].items():
+    for head, torch_head in shapes.HEADS.items():
+        for layer, index in shapes.HEAD_LAYERS[config.layout].items():
             yield f"{head}/{layer}", f"{torch_head}.head_module.{index}"
-    yield "latent_final/norm", _LATENT_NORM
+    yield "latent_final/norm", shapes.LATENT_NORM
 
 
-def _to_flax(tensors: Tensors, config: WorldModelConfig) -> Params:
+def _to_flax(weights: Tensors, config: WorldModelConfig) -> Params:
     """Fills the model's variables; every tensor is used, none is missing, all are finite."""
     modules = dict(_modules(config))
     expected = flatten_dict(world_model.params_shapes(config))
-    remaining = dict(tensors)
+    remaining = dict(weights)
     params = {}
     for path, leaf in expected.items():
         name = f"{modules['/'.join(path[1:-1])]}.{_LEAVES[path[-1]]}"
@@ -307,5 +209,5 @@ def _to_flax(tensors: Tensors, config: WorldModelConfig) -> Params:
         value = np.moveaxis(value, (1, 0), (-2, -1)) if is_kernel else value
         params[path] = jnp.array(value, leaf.dtype)
     if remaining:
-        raise ValueError(f"tensors that kvjax does not know: {', '.join(sorted(remaining))}")
+        raise ValueError(f"tensors that kvjax does not know: {listed(remaining)}")
     return unflatten_dict(params)

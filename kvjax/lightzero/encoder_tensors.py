@@ -14,6 +14,8 @@ PREFIX = "representation_network."
 
 UNSUPPORTED = {
     "pretrained_model": "text encoders",
+    "model": "text encoders",
+    "embed_proj_head": "text encoders",
     "to_patch_embedding": "vision transformers",
     "cnn": "encoders of MemoryEnv",
     "conv": "image encoders without downsampling",
@@ -73,7 +75,7 @@ def inferred_fields(tensors: Tensors) -> dict[str, Any]:
     encoder = {k.removeprefix(PREFIX): v for k, v in tensors.items() if k.startswith(PREFIX)}
     if f"{_FIRST_VECTOR}.weight" in encoder:
         return {
-            "observation_size": encoder[f"{_FIRST_VECTOR}.weight"].shape[1],
+            "observation_size": _shape(encoder, f"{_FIRST_VECTOR}.weight", 2)[1],
             "encoder_norm": _norm_kind(encoder, _VECTOR_MODULES),
         }
     if f"{_FIRST_IMAGE}.weight" in encoder:
@@ -86,10 +88,9 @@ def _norm_kind(encoder: Tensors, modules: dict[str, str]) -> Norm:
 
 
 def _image_fields(encoder: Tensors) -> dict[str, Any]:
-    half, planes = encoder[f"{_FIRST_IMAGE}.weight"].shape[:2]
+    half, planes = _shape(encoder, f"{_FIRST_IMAGE}.weight", 4)[:2]
     name = f"{_IMAGE_MODULES['output']}.weight"
-    require(name in encoder, f"missing tensor {PREFIX}{name}")
-    features = encoder[name].shape[-1] / (2 * half)
+    features = _shape(encoder, name, 2)[1] / max(1, 2 * half)
     sides = {plane_side(side) ** 2: side for side in IMAGE_SIDES}
     require(
         features in sides,
@@ -103,6 +104,13 @@ def _image_fields(encoder: Tensors) -> dict[str, Any]:
         "image_blocks": len(blocks),
         "encoder_norm": _norm_kind(encoder, _IMAGE_MODULES),
     }
+
+
+def _shape(encoder: Tensors, name: str, ndim: int) -> tuple[int, ...]:
+    require(name in encoder, f"missing tensor {PREFIX}{name}")
+    shape = tuple(encoder[name].shape)
+    require(len(shape) == ndim, f"{PREFIX}{name} has shape {shape}, expected {ndim} dimensions")
+    return shape
 
 
 def plane_side(image_side: int) -> int:

@@ -71,8 +71,11 @@ class Description:
 
 
 def unwrap(world_model: Any) -> Any:
-    """The module behind `torch.compile`."""
-    return getattr(world_model, "_orig_mod", world_model)
+    """The module behind `torch.compile` and `DistributedDataParallel`, in any order."""
+    for wrapper in ("_orig_mod", "module") * 2:
+        inner = getattr(world_model, wrapper, None)
+        world_model = inner if hasattr(inner, "state_dict") else world_model
+    return world_model
 
 
 def describe(wm: Any) -> Description:
