@@ -15,9 +15,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from kvjax import checkpoint
-from kvjax.agent import read_agent
+from kvjax.agent import SAID, Found, find_agent
 from kvjax.checkpoint import Checkpoint
-from kvjax.config import WINDOW_MODES, EnvironmentConfig, SearchConfig
+from kvjax.config import WINDOW_MODES, EnvironmentConfig, SearchConfig, listed
+from kvjax.lightzero import experiment
 from kvjax.planner import ROUTES
 
 DEFAULT_AGENT = "cartpole_masked"
@@ -99,11 +100,29 @@ def _command(
 
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
-    model = parser.add_argument_group("what a LightZero file does not tell")
+    model = parser.add_argument_group(
+        "the model",
+        "what a LightZero file does not tell: heads and context are taken from the run's"
+        " total_config.py where that lies beside the file or a folder above; a kvjax file must"
+        " agree with what is said",
+    )
     model.add_argument("--num-heads", type=int)
     model.add_argument("--context-length", type=int, help="tokens")
     model.add_argument(
         "--window-mode", choices=WINDOW_MODES, help="what a full window does, and rotary positions"
+    )
+    model.add_argument(
+        "--image-shape", type=_integers, metavar="C,H,W", help="where sides make equal tensors"
+    )
+    model.add_argument("--simnorm-group", type=int, help="size of SimNorm's groups (8)")
+    model.add_argument("--rope-theta", type=float, help="base of rotary angles (10000)")
+    model.add_argument(
+        "--support", type=_integers, metavar="FIRST,LAST", help="bins, as in --support=-50,50"
+    )
+    model.add_argument(
+        "--use-policy-logits-clip",
+        choices=("ignore",),
+        help="read a model that clips the policy's logits, which kvjax does not do",
     )
     model.add_argument("--env", help="Gymnasium environment")
     model.add_argument(
@@ -111,19 +130,35 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+_MODEL_OPTIONS = (
+    "num_heads",
+    "context_length",
+    "window_mode",
+    "image_shape",
+    "simnorm_group",
+    "rope_theta",
+    "support",
+    "use_policy_logits_clip",
+    "env",
+)
+"""Options that say something of the model to `find_agent`."""
+
+
 def _numbers(text: str) -> tuple[float, ...]:
     return tuple(float(part) for part in text.split(","))
 
 
-def _read_agent(args: argparse.Namespace) -> tuple[Checkpoint, tuple[str, ...]]:
-    """Reads a shipped, kvjax or LightZero checkpoint; also names the tensors left out."""
-    agent, ignored = read_agent(
-        args.checkpoint,
-        num_heads=args.num_heads,
-        context_length=args.context_length,
-        window_mode=args.window_mode,
+def _integers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+def _find_agent(args: argparse.Namespace) -> Found:
+    """Reads a shipped, kvjax or LightZero checkpoint; its environment, options first."""
+    found = find_agent(args.checkpoint, **{name: getattr(args, name) for name in _MODEL_OPTIONS})
+    environment = _environment(args, found.agent)
+    return dataclasses.replace(
+        found, agent=dataclasses.replace(found.agent, environment=environment)
     )
-    return dataclasses.replace(agent, environment=_environment(args, agent)), ignored
 
 
 def _environment(args: argparse.Namespace, agent: Checkpoint) -> EnvironmentConfig | None:
@@ -140,10 +175,24 @@ def _environment(args: argparse.Namespace, agent: Checkpoint) -> EnvironmentConf
     return EnvironmentConfig(env_id, scale)
 
 
+def _origins(found: Found) -> list[str]:
+    """What the model's tensors do not tell, and who said it."""
+    config, origins = found.agent.config, found.origins
+    shown = {
+        "num_heads": f"{config.num_heads} heads",
+        "context_length": f"context of {config.context_length} tokens",
+        "window_mode": f'window mode "{config.window_mode}"',
+    }
+    for name in ("image_shape", "simnorm_group", "rope_theta", "support"):
+        if origins[name] == SAID or origins[name].endswith(experiment.NAMES):
+            shown[name] = f"{name} {getattr(config, name)}"
+    return [f"{text}, {origins[name]}" for name, text in shown.items()]
+
+
 def _play(args: argparse.Namespace) -> int:
     from kvjax.play import Status, play
 
-    agent, _ = _read_agent(args)
+    found = _find_agent(args)
     search_config = SearchConfig(num_simulations=args.simulations)
     with _progress_bar() as bar:
         task = bar.add_task("compiling", total=1.0)
@@ -154,7 +203,7 @@ def _play(args: argparse.Namespace) -> int:
             bar.update(task, completed=status.fraction, description=text)
 
         summary = play(
-            agent,
+            found.agent,
             episodes=args.episodes,
             search_config=search_config,
             seed=args.seed,
@@ -164,7 +213,7 @@ def _play(args: argparse.Namespace) -> int:
             progress=show,
         )
     if args.json:
-        _print_json(dataclasses.asdict(summary))
+        _print_json(dataclasses.asdict(summary) | {"origins": dict(found.origins)})
         return 0
     _print_table(
         "kvjax play",
@@ -177,6 +226,7 @@ def _play(args: argparse.Namespace) -> int:
             "compile time": f"{summary.compile_seconds:.1f} s",
             "whole run": f"{summary.seconds:.1f} s",
         }
+        | {"model": "\n".join(_origins(found))}
         | ({"animation": args.gif} if args.gif else {}),
     )
     return 0
@@ -210,14 +260,22 @@ def _flat(name: str, value: Any) -> Iterator[tuple[str, str]]:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    agent, ignored = _read_agent(args)
-    checkpoint.save(args.output, agent)
+    found = _find_agent(args)
+    checkpoint.save(args.output, found.agent)
     if args.json:
-        config = dataclasses.asdict(agent.config)
-        _print_json({"output": args.output, "config": config, "ignored": ignored})
+        _print_json(
+            {
+                "output": args.output,
+                "config": dataclasses.asdict(found.agent.config),
+                "ignored": found.ignored,
+                "origins": dict(found.origins),
+                "notes": found.agent.notes,
+            }
+        )
     else:
-        print(f"{args.output}: {agent.config}")
-        print(f"left out, inference does not read them: {', '.join(ignored) or 'nothing'}")
+        print(f"{args.output}: {found.agent.config}")
+        print("\n".join(_origins(found)))
+        print(f"left out, inference does not read them: {listed(found.ignored) or 'nothing'}")
     return 0
 
 
