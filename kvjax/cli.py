@@ -145,11 +145,18 @@ _MODEL_OPTIONS = (
 
 
 def _numbers(text: str) -> tuple[float, ...]:
-    return tuple(float(part) for part in text.split(","))
+    return _parts(text, float, "numbers, as in 1,0,2.5")
 
 
 def _integers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
+    return _parts(text, int, "integers, as in 3,84,84")
+
+
+def _parts(text: str, kind: Callable[[str], Any], expected: str) -> tuple[Any, ...]:
+    try:
+        return tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}") from None
 
 
 def _find_agent(args: argparse.Namespace) -> Found:

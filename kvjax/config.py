@@ -68,8 +68,10 @@ def check_stored_env(source: Any, env_id: str, said: str | None = None) -> None:
       said: what the user says, who may mean just that.
 
     Raises:
-      ValueError: the identifier has a colon and the user has not said it.
+      ValueError: the identifier has a colon and the user has not said it, or is no text.
     """
+    is_text = isinstance(env_id, str)
+    require(is_text, f"{source} names the environment {env_id!r}, expected text")
     require(
         ":" not in env_id or env_id == said,
         f"{source} names the environment {env_id!r}, for which Gymnasium imports a module: if you"

@@ -78,6 +78,118 @@ def test_convert_and_play_either_file(capsys, data, tmp_path):
     assert from_torch["returns"] == from_converted["returns"]
 
 
+CONFIGURATION = (
+    "exp_config = {'policy': {'model': {'world_model_cfg': {'num_heads': 2, 'context_length': 8}}}}"
+)
+ENVIRONMENT = ("--env", "CartPole-v0", "--observation-scale", "1,0,10,0")
+
+
+def test_convert_and_play_say_who_said_what(capsys, data, tmp_path):
+    pytest.importorskip("torch")
+    (tmp_path / "ckpt").mkdir()
+    source, output = tmp_path / "ckpt" / "a.pth.tar", tmp_path / "a.safetensors"
+    source.write_bytes((data / "cartpole_masked_lightzero_0.2.0.pth.tar").read_bytes())
+    (tmp_path / "total_config.py").write_text(CONFIGURATION)
+    beside = f"from {tmp_path}/total_config.py"
+    code, out, _ = run(capsys, "convert", source, output)
+    assert code == 0
+    assert f"2 heads, {beside}" in out
+    assert f"context of 8 tokens, {beside}" in out
+    code, out, err = run(capsys, "convert", source, output, "--num-heads", 4, "--support=0,100")
+    assert "4 heads, as you said" in out
+    assert "support (0, 100), as you said" in out
+    assert f"num_heads=4 as you said, though {tmp_path}/total_config.py says 2" in err
+    converted = json.loads(run(capsys, "convert", source, output, "--json")[1])
+    assert converted["origins"]["num_heads"] == beside
+    assert converted["origins"]["embed_dim"] == "from the tensors"
+    assert converted["notes"] == []
+    short = ("--episodes", 1, "--simulations", 3, "--no-context", *ENVIRONMENT)
+    played = json.loads(run(capsys, "play", source, *short, "--json")[1])
+    assert played["origins"] == converted["origins"]
+    out = run(capsys, "play", output, *short)[1]
+    assert "2 heads, from" in out
+    assert "context of 8 tokens, from" in out
+
+
+def test_convert_takes_every_option_of_load(capsys, data, tmp_path):
+    pytest.importorskip("torch")
+    source = data / "cartpole_masked_rope_lightzero_main.pth.tar"
+    output = tmp_path / "a.safetensors"
+    options = {
+        "--num-heads": 4,
+        "--context-length": 10,
+        "--window-mode": "rope_consistent",
+        "--simnorm-group": 16,
+        "--rope-theta": 500.0,
+        "--support": "-20,80",
+    }
+    said = [f"{name}={value}" for name, value in options.items()]
+    code, out, _ = run(capsys, "convert", source, output, *said, "--json")
+    assert code == 0
+    config = json.loads(out)["config"]
+    for name, value in options.items():
+        expected = [-20, 80] if name == "--support" else value
+        assert config[name.removeprefix("--").replace("-", "_")] == expected
+    assert run(capsys, "convert", output, tmp_path / "b.safetensors", *said)[0] == 0
+    for wrong in ("--simnorm-group=8", "--rope-theta=501", "--support=-50,50", "--num-heads=2"):
+        code, _, err = run(capsys, "convert", output, tmp_path / "b.safetensors", wrong)
+        assert code == 2
+        assert "a.safetensors was converted with" in err
+    code, _, err = run(capsys, "convert", source, output, *said, "--image-shape=3,84,84")
+    assert code == 2
+    assert "exclude each other" in err
+    with pytest.raises(SystemExit):
+        run(capsys, "convert", source, output, "--image-shape", "large")
+    assert "expected integers, as in 3,84,84, got 'large'" in capsys.readouterr().err
+
+
+def test_clipped_logits_are_read_on_request(capsys, data, tmp_path):
+    pytest.importorskip("torch")
+    source, output = tmp_path / "a.pth.tar", tmp_path / "a.safetensors"
+    source.write_bytes((data / "cartpole_masked_lightzero_0.2.0.pth.tar").read_bytes())
+    clips = CONFIGURATION.replace("'num_heads'", "'use_policy_logits_clip': True, 'num_heads'")
+    (tmp_path / "total_config.py").write_text(clips)
+    code, _, err = run(capsys, "convert", source, output)
+    assert code == 2
+    assert "unsupported variant: use_policy_logits_clip" in err
+    code, out, err = run(
+        capsys, "convert", source, output, "--use-policy-logits-clip", "ignore", "--json"
+    )
+    assert code == 0
+    assert "logits of the policy are not clipped" in json.loads(out)["notes"][0]
+    assert "not clipped" in err
+    assert "not clipped" in run(capsys, "convert", output, tmp_path / "b.safetensors")[2]
+
+
+def test_an_environment_that_imports_a_module_must_be_said(capsys, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "somebody.py").write_text("raise RuntimeError('imported')")
+    path = tmp_path / "a.safetensors"
+    said = ("--env", "somebody:CartPole-v0")
+    assert run(capsys, "convert", "cartpole_masked", path, *said)[0] == 0
+    for command in (("play", path), ("convert", path, tmp_path / "b.safetensors")):
+        code, _, err = run(capsys, *command)
+        assert code == 2
+        assert "names the environment 'somebody:CartPole-v0'" in err
+    assert run(capsys, "convert", path, tmp_path / "b.safetensors", *said)[0] == 0
+    with pytest.raises(RuntimeError, match="imported"):
+        cli.main(["play", str(path), *said])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("absent/a", "no such folder"), ("folder", "it is a folder"), ("n" * 250, "name too long")],
+)
+def test_convert_where_nothing_can_be_written(capsys, tmp_path, name, message):
+    (tmp_path / "folder.safetensors").mkdir()
+    code, out, err = run(capsys, "convert", "cartpole_masked", tmp_path / f"{name}.safetensors")
+    assert code == 2
+    assert out == ""
+    assert message in err
+    assert err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.safetensors"]
+
+
 def test_verify(capsys, data):
     code, out, _ = run(capsys, "verify", data / "lightzero_020_abs.npz", "--json")
     report = json.loads(out)
