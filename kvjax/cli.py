@@ -1,6 +1,7 @@
 """The `kvjax` command: results on standard output, progress and messages on standard error."""
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
@@ -14,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from kvjax import checkpoint
+from kvjax import checkpoint, files
 from kvjax.agent import SAID, Found, find_agent
 from kvjax.checkpoint import Checkpoint
 from kvjax.config import WINDOW_MODES, EnvironmentConfig, SearchConfig, listed
@@ -161,11 +162,27 @@ def _parts(text: str, kind: Callable[[str], Any], expected: str) -> tuple[Any, .
 
 def _find_agent(args: argparse.Namespace) -> Found:
     """Reads a shipped, kvjax or LightZero checkpoint; its environment, options first."""
-    found = find_agent(args.checkpoint, **{name: getattr(args, name) for name in _MODEL_OPTIONS})
+    said = {name: getattr(args, name) for name in _MODEL_OPTIONS}
+    with _warnings_shown():
+        found = find_agent(args.checkpoint, **said)
     environment = _environment(args, found.agent)
     return dataclasses.replace(
         found, agent=dataclasses.replace(found.agent, environment=environment)
     )
+
+
+@contextlib.contextmanager
+def _warnings_shown() -> Iterator[None]:
+    """What kvjax warns of goes to standard error, whatever handlers the root logger has."""
+    handler = logging.StreamHandler()
+    handler.setLevel(logging.WARNING)
+    handler.setFormatter(logging.Formatter("kvjax: %(message)s"))
+    logger = logging.getLogger("kvjax")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 def _environment(args: argparse.Namespace, agent: Checkpoint) -> EnvironmentConfig | None:
@@ -267,6 +284,8 @@ def _flat(name: str, value: Any) -> Iterator[tuple[str, str]]:
 
 
 def _convert(args: argparse.Namespace) -> int:
+    with _warnings_shown():
+        files.require_writable(args.output)
     found = _find_agent(args)
     checkpoint.save(args.output, found.agent)
     if args.json:

@@ -18,15 +18,15 @@ _log = logging.getLogger(__name__)
 def require_writable(path: str | Path) -> None:
     """Tries whether a file can be written, before long work whose result it shall hold.
 
+    The log names unfinished files beside it, here and in `replacing`.
+
     Raises:
       OSError: the folder is missing or cannot be written to, or the path is no file's.
     """
-    target, partial = _names(path)
+    _, partial = _names(path)
     with _told(path):
         partial.touch(exist_ok=False)
         partial.unlink()
-    for other in target.parent.glob(f"{glob.escape(target.name)}.*{PARTIAL}"):
-        _log.warning("%s was never finished: its writer was killed, or is at work", other)
 
 
 @contextlib.contextmanager
@@ -59,6 +59,8 @@ def _names(path: str | Path) -> tuple[Path, Path]:
     if target.exists() and not target.is_file():
         kind = "a folder" if target.is_dir() else "no file"
         raise FileExistsError(f"cannot write {path}: it is {kind}")
+    for other in target.parent.glob(f"{glob.escape(target.name)}.*{PARTIAL}"):
+        _log.warning("%s was never finished: its writer was killed, or is at work", other)
     return target, target.with_name(f"{target.name}.{secrets.token_hex(4)}{PARTIAL}")
 
 

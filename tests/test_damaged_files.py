@@ -1,6 +1,6 @@
 """Checkpoints with one bit turned over: refused, or read as they were written.
 
-`KVJAX_FULL=1000` turns 1,000 bits of each kind of file, anywhere and among what is no weight.
+With `KVJAX_FULL` 1,000 bits of each kind of file, anywhere and among what is no weight.
 """
 
 import functools
@@ -19,7 +19,7 @@ import safetensors.numpy
 from kvjax import checkpoint
 from kvjax.agent import find_agent
 
-FLIPS = int(os.environ.get("KVJAX_FULL") or 60)
+FLIPS = 1000 if os.environ.get("KVJAX_FULL") else 60
 KINDS = ("0.2.0", "main", "kvjax", "earlier kvjax")
 OPTIONS = {"num_heads": 2, "context_length": 8}
 
