@@ -113,12 +113,12 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
         "--window-mode", choices=WINDOW_MODES, help="what a full window does, and rotary positions"
     )
     model.add_argument(
-        "--image-shape", type=_integers, metavar="C,H,W", help="where sides make equal tensors"
+        "--image-shape", type=_image_shape, metavar="C,H,W", help="where sides make equal tensors"
     )
     model.add_argument("--simnorm-group", type=int, help="size of SimNorm's groups (8)")
     model.add_argument("--rope-theta", type=float, help="base of rotary angles (10000)")
     model.add_argument(
-        "--support", type=_integers, metavar="FIRST,LAST", help="bins, as in --support=-50,50"
+        "--support", type=_support, metavar="FIRST,LAST", help="bins, as in --support=-50,50"
     )
     model.add_argument(
         "--use-policy-logits-clip",
@@ -149,15 +149,24 @@ def _numbers(text: str) -> tuple[float, ...]:
     return _parts(text, float, "numbers, as in 1,0,2.5")
 
 
-def _integers(text: str) -> tuple[int, ...]:
-    return _parts(text, int, "integers, as in 3,84,84")
+def _image_shape(text: str) -> tuple[int, ...]:
+    return _parts(text, int, "three integers, as in 3,84,84", 3)
 
 
-def _parts(text: str, kind: Callable[[str], Any], expected: str) -> tuple[Any, ...]:
+def _support(text: str) -> tuple[int, ...]:
+    return _parts(text, int, "two integers, as in -50,50", 2)
+
+
+def _parts(
+    text: str, kind: Callable[[str], Any], expected: str, count: int | None = None
+) -> tuple[Any, ...]:
+    parts = text.split(",")
     try:
-        return tuple(kind(part) for part in text.split(","))
+        if count in (None, len(parts)):
+            return tuple(map(kind, parts))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}") from None
+        pass
+    raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
 
 
 def _find_agent(args: argparse.Namespace) -> Found:

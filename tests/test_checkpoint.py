@@ -135,6 +135,24 @@ def test_content_that_is_not_what_the_digest_says(saved, change):
         checkpoint.load(path)
 
 
+def test_the_digest_tells_all_of_a_tensor_and_the_description():
+    """Bytes of which one may be the other: another name, kind, shape, value, or configuration."""
+    tensors = {"a": np.ones((2, 3), "f2"), "b": np.zeros(2, "f4")}
+    others = [
+        ({}, {"c": tensors["a"], "b": tensors["b"]}),
+        ({}, {"a": tensors["b"], "b": tensors["a"]}),
+        ({}, tensors | {"a": tensors["a"].view(jax.numpy.bfloat16)}),
+        ({}, tensors | {"a": tensors["a"].reshape(3, 2)}),
+        ({}, tensors | {"b": np.array([0.0, -0.0], "f4")}),
+        ({"config": 1}, tensors),
+        ({}, tensors),
+    ]
+    assert len({checkpoint._digest(*other) for other in others}) == len(others)
+    assert checkpoint._digest({}, dict(reversed(tensors.items()))) == checkpoint._digest(
+        {}, tensors
+    )
+
+
 def test_files_without_a_digest_are_read_with_a_warning(saved, caplog):
     path, agent = saved
     checkpoint.load(path)

@@ -138,9 +138,16 @@ def test_convert_takes_every_option_of_load(capsys, data, tmp_path):
     code, _, err = run(capsys, "convert", source, output, *said, "--image-shape=3,84,84")
     assert code == 2
     assert "exclude each other" in err
-    with pytest.raises(SystemExit):
-        run(capsys, "convert", source, output, "--image-shape", "large")
-    assert "expected integers, as in 3,84,84, got 'large'" in capsys.readouterr().err
+    for option, text, expected in (
+        ("--image-shape", "large", "three integers, as in 3,84,84"),
+        ("--image-shape", "84,84", "three integers, as in 3,84,84"),
+        ("--support", "50", "two integers, as in -50,50"),
+        ("--support", "0,1,2", "two integers, as in -50,50"),
+        ("--observation-scale", "a,1", "numbers, as in 1,0,2.5"),
+    ):
+        with pytest.raises(SystemExit):
+            run(capsys, "convert", source, output, option, text)
+        assert f"expected {expected}, got '{text}'" in capsys.readouterr().err
 
 
 def test_clipped_logits_are_read_on_request(capsys, data, tmp_path):

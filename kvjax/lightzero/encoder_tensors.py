@@ -122,7 +122,7 @@ def plane_side(image_side: int) -> int:
 
 def agree(name: str, said: Any, inferred: Any) -> bool:
     """Whether an option agrees with what shapes tell; either side that is pooled alike may be."""
-    if name != "image_shape" or said is None:
+    if name != "image_shape" or not isinstance(said, tuple | list):
         return bool(said == inferred)
     planes, side, _ = inferred
     sides = POOLED_SIDES if side in POOLED_SIDES else (side,)
