@@ -227,7 +227,18 @@ def test_windows_beyond_the_table_are_refused(data, context):
     message = f"context_length {context}.* needs {context - 1} rows of pos_emb.weight, which has 20"
     with pytest.raises(ValueError, match=message):
         lightzero.load(data / MASKED, num_heads=2, context_length=context)
-    assert lightzero.load(data / MASKED, num_heads=2, context_length=20)[0].context_length == 20
+
+
+@pytest.mark.parametrize("rows", [18, 19])
+def test_a_table_may_just_reach(data, rows):
+    state = state_of(data / MASKED)
+    for name in [name for name in state if name.endswith(("pos_emb.weight", "attn.mask"))]:
+        state[name] = state[name][:rows, :rows] if name.endswith("mask") else state[name][:rows]
+    if rows == 19:
+        assert read(state, num_heads=2, context_length=20).config.max_tokens == 19
+        return
+    with pytest.raises(ValueError, match="needs 19 rows of pos_emb.weight, which has 18"):
+        read(state, num_heads=2, context_length=20)
 
 
 def test_rotary_windows_beyond_the_mask(data, caplog):
