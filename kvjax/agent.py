@@ -8,10 +8,8 @@ from typing import Any
 from kvjax import checkpoint
 from kvjax.checkpoint import Checkpoint
 from kvjax.config import WindowMode
-
-SAID = "as you said"
-
-_LIGHTZERO_ONLY = "use_policy_logits_clip"
+from kvjax.lightzero.configuration import SAID, check_names
+from kvjax.lightzero.described import CLIP
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,13 +62,12 @@ def find_agent(source: str | Path, *, env: str | None = None, **options: Any) ->
 
 
 def _find_own(path: Path, said: dict[str, Any], env: str | None) -> Found:
+    said.pop(CLIP, None)  # told by the file's notes, if it was meant
+    check_names(said)
     agent = checkpoint.load(path, env=env)
-    said.pop(_LIGHTZERO_ONLY, None)  # told by the file's notes, if it was meant
     stored = dataclasses.asdict(agent.config)
     origins = dict.fromkeys(stored, f"from {path}") | dict.fromkeys(said, SAID)
     mode = {name: said.pop(name) for name in ("window_mode",) if name in said}
-    if unknown := sorted(said.keys() - stored.keys()):
-        raise ValueError(f"unknown options {', '.join(unknown)}")
     for name, value in said.items():
         if value != stored[name]:
             raise ValueError(f"{path} was converted with {name} {stored[name]}, got {value}")

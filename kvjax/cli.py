@@ -16,10 +16,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from kvjax import checkpoint, files
-from kvjax.agent import SAID, Found, find_agent
+from kvjax.agent import Found, find_agent
 from kvjax.checkpoint import Checkpoint
 from kvjax.config import WINDOW_MODES, EnvironmentConfig, SearchConfig, listed
 from kvjax.lightzero import experiment
+from kvjax.lightzero.configuration import SAID
 from kvjax.planner import ROUTES
 
 DEFAULT_AGENT = "cartpole_masked"

@@ -46,26 +46,29 @@ def configure(
             raise ValueError(f"{name}={said[name]!r}, but the tensors say {inferred[name]!r}")
     own = _own_fields(told, said, inferred)
     _warn_of_differences(said, own, told.origin)
-    fields = inferred | own | said
+    config = _build(inferred | own | said)
+    bins = shapes.support_size(found.weights)
+    if config.support_size != bins:
+        raise ValueError(f"support {config.support} has {config.support_size} bins, not {bins}")
+    if warning := shapes.check_positions(config, found):
+        _log.warning("%s", warning)
+    origins = dict.fromkeys((field.name for field in dataclasses.fields(config)), BY_DEFAULT)
+    origins |= dict.fromkeys(inferred.keys() - {"support"}, FROM_TENSORS)
+    origins |= dict.fromkeys(own, f"from {told.origin}") | dict.fromkeys(said, SAID)
+    _warn_of_a_guessed_side(config, origins)
+    return config, origins
+
+
+def _build(fields: dict[str, Any]) -> WorldModelConfig:
     for name in _ASKED:
         if name not in fields:
             raise ValueError(
                 f"{name} is not stored in a LightZero checkpoint: pass {name}=..., or keep the"
                 " run's total_config.py beside the file"
             )
-    if inferred["max_tokens"] is None:
+    if fields["max_tokens"] is None:
         fields = {"window_mode": "rope_lightzero"} | fields
-    config = WorldModelConfig(**fields)
-    bins = shapes.support_size(found.weights)
-    if config.support_size != bins:
-        raise ValueError(f"support {config.support} has {config.support_size} bins, not {bins}")
-    if warning := shapes.check_positions(config, found):
-        _log.warning("%s", warning)
-    origins = dict.fromkeys((f.name for f in dataclasses.fields(config)), BY_DEFAULT)
-    origins |= dict.fromkeys(inferred.keys() - {"support"}, FROM_TENSORS)
-    origins |= dict.fromkeys(own, f"from {told.origin}") | dict.fromkeys(said, SAID)
-    _warn_of_a_guessed_side(config, origins)
-    return config, origins
+    return WorldModelConfig(**fields)
 
 
 def _own_fields(told: Described, said: dict[str, Any], inferred: dict[str, Any]) -> dict[str, Any]:
