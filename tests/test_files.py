@@ -78,6 +78,15 @@ def test_paths_that_cannot_be_written(tmp_path, attempt):
     assert {path.name for path in tmp_path.iterdir()} == {"folder", "pipe"}
 
 
+def test_who_reads_the_old_file_meanwhile_reads_it_to_its_end(tmp_path):
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"old")
+    with path.open("rb") as reader:
+        write(path)
+        assert reader.read() == b"old"
+    assert path.read_bytes() == b"new"
+
+
 def test_a_link_stays_a_link(tmp_path):
     (tmp_path / "real.bin").write_bytes(b"old")
     (tmp_path / "link").symlink_to("real.bin")
