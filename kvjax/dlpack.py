@@ -13,7 +13,9 @@ after the next write. Torch is imported on first use.
 
 import contextlib
 import functools
+import threading
 import warnings
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,6 +27,8 @@ from kvjax.config import require
 
 _PLATFORMS = {"cpu": "cpu", "cuda": "gpu"}
 """Torch's device types and jax's platforms that share memory."""
+
+_PAUSE_S = 1e-3
 
 
 def to_torch(tree: Any) -> Any:
@@ -65,9 +69,11 @@ def to_jax(tree: Any) -> Any:
 def borrow(tensor: Any) -> Iterator[jax.Array]:
     """Lends a tensor to jax for the length of a `with` block, without a copy where possible.
 
-    A compact, aligned tensor of a dtype that jax has is shared; any other one is copied. When the
-    block ends, everything that was computed from the array is complete and the array is deleted:
-    using it later is an error. Do not write to the tensor inside the block.
+    A compact, aligned tensor on a CPU, of a dtype that jax and numpy have, is shared; any other one
+    is copied. When the block ends the array is deleted, so that using it later is an error, and
+    whatever computes with it, in any thread, is waited for. Do not write to the tensor inside the
+    block. A view of the array that is kept longer (of numpy, or by DLPack) sees later writes; the
+    end of the block then waits for all that jax is computing.
 
     Args:
       tensor: a torch tensor on a device that jax has.
@@ -75,13 +81,12 @@ def borrow(tensor: Any) -> Iterator[jax.Array]:
     Raises:
       ValueError: as `to_jax`.
     """
-    array = _import(tensor)
-    place = array.unsafe_buffer_pointer() if array.size else None
-    owners = [x for x in _arrays_at(place) if x is not array]
+    array, returned = _lend(tensor)
     try:
         yield array
     finally:
-        _take_back(array, place, owners)
+        array.delete()
+        _wait_for(returned)
 
 
 def hand_over(array: jax.Array) -> Any:
@@ -221,13 +226,13 @@ def _to_array(leaf: Any) -> jax.Array:
     if isinstance(leaf, np.ndarray | np.generic):
         _require_surviving_integers(leaf)
         return jnp.array(leaf, copy=True).block_until_ready()
-    shared = _import(leaf)
+    shared = import_shared(_plain(leaf)).block_until_ready()
     # A copy that jax owns, so that donating it works; done before torch can write again.
     return jnp.array(shared, copy=True).block_until_ready()
 
 
-def _import(tensor: Any) -> jax.Array:
-    """A jax view of a tensor's values, of a copy of them where the tensor cannot be viewed."""
+def _plain(tensor: Any) -> Any:
+    """A tensor's values in a form that jax can view: the tensor's own memory or a copy."""
     import torch
 
     if not isinstance(tensor, torch.Tensor):
@@ -238,7 +243,7 @@ def _import(tensor: Any) -> jax.Array:
     plain = tensor.detach().resolve_conj().resolve_neg()
     if jax.dtypes.canonicalize_dtype("int64") != "int64":
         plain = _narrow(plain)
-    return import_shared(plain.contiguous()).block_until_ready()
+    return plain.contiguous()
 
 
 def _narrow(tensor: Any) -> Any:
@@ -268,26 +273,34 @@ def _require_surviving_integers(values: Any) -> None:
         )
 
 
-def _take_back(array: jax.Array, place: int | None, owners: list[jax.Array]) -> None:
-    """Waits for everything that anybody can still look at and deletes all views of the memory.
+def _lend(tensor: Any) -> tuple[jax.Array, threading.Event]:
+    """An array on a tensor's memory, if it can be, and what is set when jax is done with that.
 
-    `owners` are left: memory that torch has from jax is theirs. XLA aborts if an array is deleted
-    that stands for an export, which goes with the array that was exported: that one goes first.
+    XLA lets go of imported memory when its array is deleted and nothing computes with it any more.
     """
-    for live in _live_arrays():
-        live.block_until_ready()
-    array.delete()
-    for view in _arrays_at(place):
-        if not any(view is owner for owner in owners):
-            view.delete()
+    plain, returned = _plain(tensor), threading.Event()
+    try:
+        lent = plain.numpy()
+    except TypeError:  # elsewhere than on a CPU, or a dtype that numpy does not have
+        returned.set()
+        return _to_array(plain), returned
+    weakref.finalize(lent, returned.set)
+    return import_shared(lent), returned
 
 
-def _arrays_at(place: int | None) -> list[jax.Array]:
-    """All live arrays whose memory begins at a place."""
-    whole = (x for x in _live_arrays() if len(x.devices()) == 1 and x.size)
-    return [x for x in whole if x.unsafe_buffer_pointer() == place]
+def _wait_for(returned: threading.Event) -> None:
+    """Waits for memory to be returned; if somebody keeps a view of it, for all computations."""
+    computing = None
+    while not returned.wait(_PAUSE_S):
+        if computing is None:
+            computing = jax.live_arrays()  # type: ignore[no-untyped-call]
+        computing = [array for array in computing if not _is_done(array)]
+        if not computing:
+            return
 
 
-def _live_arrays() -> list[jax.Array]:
-    arrays: list[jax.Array] = jax.live_arrays()  # type: ignore[no-untyped-call]
-    return [x for x in arrays if not x.is_deleted()]
+def _is_done(array: jax.Array) -> bool:
+    try:
+        return array.is_ready()
+    except RuntimeError:  # deleted, perhaps just now and by another thread
+        return True

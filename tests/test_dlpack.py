@@ -3,6 +3,7 @@
 import gc
 import subprocess
 import sys
+import threading
 import weakref
 
 import jax
@@ -138,13 +139,67 @@ def test_a_borrow_ends_when_its_results_are_complete():
 
 
 def test_without_synchronisation_the_next_write_would_win(monkeypatch):
-    monkeypatch.setattr(dlpack, "_take_back", lambda *_: None)
+    monkeypatch.setattr(dlpack, "_wait_for", lambda _: None)
     tensor = aligned(500, 500)
     SLOW(jnp.zeros((500, 500))).block_until_ready()
     with dlpack.borrow(tensor) as array:
         total = SLOW(array)
     tensor.zero_()
     assert float(total) != pytest.approx(250_000)
+
+
+@pytest.mark.parametrize("keep", [np.asarray, torch.from_dlpack, jax.dlpack.from_dlpack])
+def test_a_borrow_of_which_a_view_is_kept_ends_when_its_results_are_complete(keep):
+    tensor = aligned(500, 500)
+    with dlpack.borrow(tensor) as array:
+        kept = keep(array)
+        total = SLOW(array)
+    tensor.zero_()
+    assert float(total) == pytest.approx(250_000)
+    assert float(kept.sum()) == 0
+
+
+def test_a_borrow_waits_for_its_own_computations_alone():
+    dlpack.to_jax(aligned(500, 500))
+    with dlpack.borrow(aligned(100)):
+        other = SLOW(jnp.ones((500, 500)))
+    assert not other.is_ready()
+
+
+@pytest.mark.parametrize("is_same", [True, False])
+def test_threads_borrow_at_once(is_same):
+    """Also one and the same tensor: each loan is its own."""
+    tensors = [aligned(1000) for _ in range(3)]
+    errors = []
+
+    def work(tensor):
+        try:
+            for number in range(1, 100):
+                with dlpack.borrow(tensor) as array:
+                    total = (array * number).sum()
+                assert float(total) == 1000 * number
+                assert float((jnp.ones(1000) * number).sum()) == 1000 * number
+        except Exception as error:
+            errors.append(error)
+
+    threads = [
+        threading.Thread(target=work, args=(tensors[0] if is_same else tensor,))
+        for tensor in tensors
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+
+
+def test_a_loan_inside_of_a_loan():
+    tensor = aligned(1000)
+    with dlpack.borrow(tensor) as outer:
+        with dlpack.borrow(tensor) as inner:
+            total = inner.sum()
+        assert inner.is_deleted()
+        assert float(outer.sum()) == float(total) == 1000
 
 
 def test_after_a_borrow_no_view_is_left():
@@ -174,10 +229,11 @@ def test_borrowing_what_jax_owns_leaves_it_alone(is_kept):
     del array
     with dlpack.borrow(tensor) as lent:
         assert lent.unsafe_buffer_pointer() == tensor.data_ptr()
-        total = lent.sum()
+        total, another = lent.sum(), jax.dlpack.from_dlpack(tensor)
     assert lent.is_deleted()
     assert kept is None or float(kept.sum()) == float(total)
-    del tensor
+    assert float(another.sum()) == float(total)
+    del tensor, another
     gc.collect()
 
 
