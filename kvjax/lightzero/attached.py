@@ -185,6 +185,7 @@ class AttachedMethods(_WorldModel):  # type: ignore[misc]
         bridge.file(written, lengths, latent_state, ids, tokens, is_root=is_init_infer)
         if state.shadow.mode:
             bridge.settle()  # LightZero's code writes to the memory
+            state.shadow.remark = bridge.outgrown
             self._kvjax_original_update(*arguments, *context)
             stored = bridge.peek(latent_state, ids, roots_only=is_init_infer)
             state.shadow.compare_stored(self, stored, latent_state, ids, is_root=is_init_infer)

@@ -6,6 +6,7 @@ Shapes: B rows, B' = B rounded up to a power of two, E embedding size, P environ
 import contextlib
 import copy
 import dataclasses
+import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax import dlpack
+from kvjax import pool as pools
 from kvjax import store as stores
 from kvjax.compilation import on_cpu
 from kvjax.config import require
@@ -27,7 +29,11 @@ Array = np.ndarray[Any, Any]
 
 DEFAULT_SCOPE = "default"
 
+_GROWTH = 2
+
 _replace = dataclasses.replace
+
+_log = logging.getLogger(__name__)
 
 
 class Scope:
@@ -36,6 +42,7 @@ class Scope:
     def __init__(self, description: module.Description) -> None:
         self._description = description
         self.filed = _nothing_filed(description)
+        self._room = self.node_slots  # rows that surely fit
         self.pending: tuple[Exchange, tuple[Any, ...]] | None = None  # see `file_later`
         self._exchanges: dict[int, Exchange] = {}  # by B'
         self._stale_roots = np.zeros(description.num_envs, bool)
@@ -51,11 +58,13 @@ class Scope:
     @filed.setter
     def filed(self, filed: layout.Filed) -> None:
         self._parts, self._structure = layout.take_apart(filed)
+        self.node_slots = pools.total_slots(filed.store.nodes)
         self._between = layout.file_and_look_up(self._structure, self._description.kept)
 
     def _arrays(self) -> list[jax.Array]:
         if self._parts[0].is_deleted():
             self.filed = _nothing_filed(self._description)
+            self._room = self.node_slots
         return self._parts
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Scope":
@@ -73,6 +82,33 @@ class Scope:
         self._stale_roots[slice(None) if env_id is None else env_id] |= roots
         self._stale_nodes |= nodes
         self._is_stale = True
+
+    def make_room(self, rows: int) -> None:
+        """Lets the pool of nodes grow before rows to be filed push out others; nothing is pending.
+
+        Rows are counted here, which waits for nothing; only when they might be too many is the pool
+        asked. It is emptied at each root step, so what it holds is one search's.
+        """
+        self._room -= rows
+        if self._room >= 0:
+            return
+        stored = int(pools.is_live(self.filed.store.nodes).sum())
+        if stored + rows > self.node_slots:
+            self._grow(stored + rows)
+        self._room = self.node_slots - stored - rows
+
+    def _grow(self, needed: int) -> None:
+        grown = max(_GROWTH * self.node_slots, needed)
+        _log.warning(
+            "a search has more than %d nodes, the world model is configured for num_simulations=%d"
+            " of env_num=%d: there is room for %d from now on, for which kvjax compiles once more."
+            " Set world_model_cfg.num_simulations to the most simulations that any policy makes",
+            self.node_slots,
+            self._description.num_simulations,
+            self._description.num_envs,
+            grown,
+        )
+        self.filed = layout.with_node_slots(self.filed, node_slots=grown)
 
     def settle(self) -> None:
         """Files what is pending, and waits until that is done."""
@@ -175,12 +211,16 @@ class Scope:
         self.settle()
         if self._is_stale:
             self.filed = layout.clear(self.filed, self._stale_roots, np.bool_(self._stale_nodes))
-            self._stale_roots[:], self._stale_nodes, self._is_stale = False, False, False
+            self._room = self.node_slots if self._stale_nodes else self._room
+            # Others, as the call may still read these.
+            self._stale_roots = np.zeros_like(self._stale_roots)
+            self._stale_nodes = self._is_stale = False
 
     def new_epoch(self) -> None:
         """Forgets everything but raw tokens because the weights changed."""
         self.pending = None
         self.filed = layout.new_epoch(self.filed)
+        self._room = self.node_slots
         self.outdated[:] = self.filed.store.latest is not None
 
 
@@ -328,6 +368,8 @@ class Bridge:
         capacity = rows.shape[1]
         raw = None if tokens is None else _raw_tokens(tokens, kept, capacity)
         scope.clean()
+        if not is_root:
+            scope.make_room(len(env_ids))
         if not is_root and scope.can_file_later(windows, rows, lengths):
             scope.file_later(latent, rows, self._correction, raw)
             return
@@ -353,6 +395,14 @@ class Bridge:
         if batch is not None and caches.holds(keys_values, batch):
             return caches.written(keys_values, batch, length)
         return caches.copied(keys_values, self.capacity(rows), length)
+
+    @property
+    def outgrown(self) -> str:
+        """What to say of LightZero's own pool of nodes once a search was too large for it."""
+        own = self.description.node_slots
+        if self.scope.node_slots == own:
+            return ""
+        return f"; LightZero's own pool holds {own} nodes and overwrites those of a larger search"
 
     def capacity(self, rows: int) -> int:
         """B' of a batch: few different sizes, so that little is compiled.

@@ -359,6 +359,30 @@ def clear(filed: Filed, roots: jax.Array, nodes: jax.Array) -> Filed:
     return _replace(filed, store=stores.clear_nodes(store, when=nodes))
 
 
+@functools.partial(jax.jit, static_argnames=("node_slots",))
+def with_node_slots(filed: Filed, *, node_slots: int) -> Filed:
+    """The same with more node slots: what is filed stays, in its order."""
+    store, old = filed.store, filed.store.nodes
+    roots, size = pools.total_slots(store.roots), pools.total_slots(old)
+    example = jax.tree.map(lambda rows: rows[0], old.entries)
+    lanes = old.records.shape[1] - pools.KEY
+    grown = pools.init(example, num_slots=node_slots, key_lanes=lanes, eviction=old.eviction)
+    windows = jnp.zeros((node_slots + 2, *filed.kv.shape[1:]), filed.kv.dtype)
+    live, segment = pools.is_live(old), jnp.zeros(1, jnp.int32)
+
+    def move(age: jax.Array, state: tuple[Pool, jax.Array]) -> tuple[Pool, jax.Array]:
+        pool, windows = state
+        at = (old.segments[0, pools.CURSOR].astype(jnp.int32) + age) % size  # the oldest first
+        keys = old.records[at, pools.KEY :][None]
+        entry = jax.tree.map(lambda rows: rows[at][None], old.entries)
+        pool, slot, _ = pools.add(pool, keys, segment, entry, valid=live[at][None])
+        window = jnp.where(slot[0] == NO_SLOT, node_slots + 2 + UNREAD, slot[0])
+        return pool, windows.at[window].set(filed.kv[roots + at])
+
+    grown, windows = jax.lax.fori_loop(0, size, move, (grown, windows))
+    return Filed(_replace(store, nodes=grown), jnp.concatenate([filed.kv[:roots], windows]))
+
+
 @functools.partial(jax.jit, donate_argnames=("filed",))
 def new_epoch(filed: Filed) -> Filed:
     """`kvjax.store.new_epoch` in one call."""

@@ -29,9 +29,11 @@ class Shadow:
     disagreements: list[str] = dataclasses.field(default_factory=list)
     comparisons: int = 0
     rows: list[Any] | None = None  # LightZero's own `keys_values_wm_list` of the running step
+    remark: str = ""  # ends every report
 
     def report(self, text: str) -> None:
         """Raises or logs one disagreement."""
+        text += self.remark
         self.disagreements.append(text)
         if self.mode is True:
             raise ShadowError(text)
