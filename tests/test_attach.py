@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import logging
 import subprocess
 import sys
 import warnings
@@ -514,6 +515,10 @@ def test_memory_does_not_grow():
     ("spoil", "message"),
     [
         (lambda m: m, r"WorldModel, got UniZeroModel.*pass its \.world_model"),
+        (lambda m: None, "expected LightZero's WorldModel, got None, which has no"),
+        (lambda m: "ckpt.pth.tar", "expected LightZero's WorldModel, got str, which has no"),
+        (lambda m: type(m.world_model), "got the class .*WorldModel'>: pass an object of it"),
+        (lambda m: m.world_model.to("meta"), "on a device that jax has.*got one on meta"),
         (lambda m: m.world_model.transformer, "WorldModel, got Transformer, which has no"),
         (lambda m: change(m, context_length=7), "context_length must be even.*got 7"),
         (lambda m: change(m, context_length=2), "at least 4, got 2"),
@@ -581,20 +586,61 @@ def test_targets_and_reanalysis_are_left_to_lightzero():
     assert handle.stats()["queries"] == 0
 
 
+def in_a_new_process(program):
+    program = f"import sys; sys.path.append({str(Path(__file__).parent)!r})\n" + program
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
 @pytest.mark.parametrize("attached", [True, False])
-def test_jax_computes_in_the_callers_thread_once_a_model_is_attached(attached):
+def test_jax_is_set_up_once_a_model_is_attached_and_not_where_that_is_refused(attached):
+    """It computes in the caller's thread, and says little."""
     program = f"""
-import sys
-sys.path.append({str(Path(__file__).parent)!r})
-import jax, jax.numpy as jnp
+import contextlib, logging, jax, jax.numpy as jnp
 from torch_models import make
 from kvjax import lightzero
-model = make()
+wm = make().world_model
+def attach(wm, **options):
+    with contextlib.suppress(ValueError):
+        lightzero.attach(wm, **options)
+        assert {attached}
 if {attached}:
-    lightzero.attach(model.world_model)
+    attach(wm)
+attach(None)
+attach(wm, padding="none")
+attach(wm.half())
+attach(wm.to("meta"))
 slow = jax.jit(lambda x: jax.lax.fori_loop(0, 100, lambda i, y: y @ x, x))
 slow(jnp.eye(500)).block_until_ready()
-print(slow(jnp.ones((500, 500))).is_ready())
+print(slow(jnp.ones((500, 500))).is_ready(), logging.getLogger("jax").level)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.stdout.split() == [str(attached)], done.stderr
+    level = logging.WARNING if attached else logging.NOTSET
+    assert in_a_new_process(program) == [str(attached), str(level)]
+
+
+@pytest.fixture
+def jax_logger():
+    logger = logging.getLogger("jax")
+    level = logger.level
+    yield logger
+    logger.setLevel(level)
+
+
+def test_jax_says_little_where_the_root_logger_tells_everything(caplog, jax_logger):
+    """As LightZero sets it; what jax warns of is still told."""
+    jax_logger.setLevel(logging.NOTSET)
+    caplog.set_level(logging.DEBUG)
+    _, twin, handle = pair(num_simulations=5)  # a size of its own, to be compiled here
+    Driver(twin, 4).step(1)
+    assert [record for record in caplog.records if record.name.startswith("jax")] == []
+    logging.getLogger("jax._src.dispatch").warning("told")
+    assert caplog.messages[-1] == "told"
+    handle.detach()
+
+
+@pytest.mark.parametrize("level", [logging.DEBUG, logging.ERROR])
+def test_what_a_user_wants_jax_to_say_stays(jax_logger, level):
+    jax_logger.setLevel(level)
+    pair()
+    assert jax_logger.level == level

@@ -10,6 +10,7 @@ memory that both see.
 Shapes: B rows, E embedding size.
 """
 
+import logging
 import weakref
 from contextlib import AbstractContextManager
 from typing import Any, Literal
@@ -45,8 +46,13 @@ def attach(
     root miss; LightZero's `clear_caches` forgets raw tokens too. Copies by `copy.deepcopy` are
     attached too, independently. Reanalysis is left to LightZero, which looks nothing up there.
 
-    If jax has not started yet, it computes in the caller's thread from now on when it runs on a CPU
-    (`jax_cpu_enable_async_dispatch`, for the whole process): every simulation waits for jax anyway.
+    A search that makes more simulations than `world_model_cfg.num_simulations` says is as right as
+    any other: the pool of nodes grows, which a warning in the log tells and which compiles anew.
+
+    Two settings are made for the whole process. If jax has not started yet, it computes in the
+    caller's thread from now on when it runs on a CPU (`jax_cpu_enable_async_dispatch`): every
+    simulation waits for jax anyway. And unless the logger "jax" has a level it gets WARNING, since
+    LightZero lets the root logger tell everything, which would be each of jax's compilations.
 
     Args:
       world_model: LightZero's `WorldModel` (`model.world_model`), release 0.2.0 or main, float32.
@@ -62,16 +68,16 @@ def attach(
 
     Raises:
       ValueError: the module is no `WorldModel`, is attached already, is not float32, has an odd or
-        too short context, or is a variant that is not supported.
+        too short context, is a variant that is not supported, or is on a device that jax lacks.
     """
-    # To wake another thread takes longer than what a simulation computes, and waits for.
-    jax.config.update("jax_cpu_enable_async_dispatch", False)  # type: ignore[no-untyped-call]
     wm = module.unwrap(world_model)
+    module.require_world_model(wm)
     require(STATE not in vars(wm), "this world model is attached already: detach() it first")
     require_one_of("padding", padding, PADDINGS)
     require(shadow in (True, False, "log"), f"shadow must be True, False or 'log', got {shadow!r}")
     description = module.describe(wm)
     mask_padding = padding == "masked" and not description.masks_padding
+    _set_up_jax()
     bridge = Bridge(wm, description, mask_padding=mask_padding)
     state = Attachment(bridge, type(wm), Shadow(mode=shadow))
     state.own_flag = vars(wm).pop("use_new_cache_manager", None)
@@ -81,6 +87,15 @@ def attach(
     return Handle(wm)
 
 
+def _set_up_jax() -> None:
+    """Makes jax compute in the caller's thread and say little."""
+    # To wake another thread takes longer than what a simulation computes, and waits for.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)  # type: ignore[no-untyped-call]
+    logger = logging.getLogger("jax")
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.WARNING)
+
+
 def handle_of(world_model: Any) -> "Handle":
     """The handle of an attached world model, such as a deep copy of one.
 
@@ -88,7 +103,7 @@ def handle_of(world_model: Any) -> "Handle":
       ValueError: the model is not attached.
     """
     wm = module.unwrap(world_model)
-    require(STATE in vars(wm), f"this {type(wm).__name__} is not attached")
+    require(STATE in getattr(wm, "__dict__", ()), f"this {type(wm).__name__} is not attached")
     return Handle(wm)
 
 

@@ -78,22 +78,27 @@ def unwrap(world_model: Any) -> Any:
     return world_model
 
 
+def require_world_model(wm: Any) -> None:
+    """Raises `ValueError` unless the module is LightZero's `WorldModel`."""
+    expected = "expected LightZero's WorldModel, got"
+    require(not isinstance(wm, type), f"{expected} the class {wm}: pass an object of it")
+    missing = [name for name in _NEEDED if not hasattr(wm, name)]
+    if missing:
+        hint = ": pass its .world_model" if hasattr(wm, "world_model") else ""
+        got = "None" if wm is None else type(wm).__name__
+        raise ValueError(f"{expected} {got}, which has no {', '.join(missing)}{hint}")
+
+
 def describe(wm: Any) -> Description:
     """Reads a world model's sizes and refuses what cannot be attached to.
 
     Raises:
-      ValueError: the module is no LightZero `WorldModel`, or a variant that is not supported.
+      ValueError: a variant that is not supported.
     """
-    missing = [name for name in _NEEDED if not hasattr(wm, name)]
-    if missing:
-        hint = ": pass its .world_model" if hasattr(wm, "world_model") else ""
-        raise ValueError(
-            f"expected LightZero's WorldModel, got {type(wm).__name__}, which has no"
-            f" {', '.join(missing)}{hint}"
-        )
     _refuse_variants(wm)
     weight = wm.transformer.blocks[0].attn.key.weight
-    require_shared_device(weight.device)
+    if weight.device.type != "cpu":  # to ask jax about that starts it: see `attach`
+        require_shared_device(weight.device)
     name = str(weight.dtype).removeprefix("torch.")
     require(name == "float32", f"expected a float32 model and caches, got {name}")
     rotary = bool(getattr(wm.config, "rotary_emb", False))
