@@ -7,6 +7,7 @@ import pytest
 from test_attach import pair, pytestmark
 from torch_models import Driver
 
+from kvjax.lightzero import layout
 from kvjax.lightzero.attached import state_of
 
 __all__ = ["pytestmark"]
@@ -75,6 +76,25 @@ def test_nodes_are_forgotten_also_if_roots_are_cleared_after_them():
     wm.past_kv_cache_recurrent_infer.clear()
     wm.past_kv_cache_init_infer_envs[2].clear()
     assert handle.stats()["nodes_stored"] == 0
+
+
+def test_what_a_call_may_still_read_is_not_overwritten(monkeypatch):
+    """Where jax computes in another thread it reads arguments when it gets to them."""
+    wm, _, _ = searched()
+    passed, clear = [], layout.clear
+
+    def remember(filed, roots, nodes):
+        passed.append((roots, roots.copy()))
+        return clear(filed, roots, nodes)
+
+    monkeypatch.setattr(layout, "clear", remember)
+    wm.clear_caches()
+    look_up(wm, fill(0.3))
+    wm.past_kv_cache_init_infer_envs[2].clear()
+    look_up(wm, fill(0.3))
+    assert [before.tolist() for _, before in passed] == [[True] * 4, [False, False, True, False]]
+    for given, before in passed:
+        np.testing.assert_array_equal(given, before)
 
 
 def test_fewer_rows_find_what_waits():

@@ -3,13 +3,17 @@
 import dataclasses
 
 import chex
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import SMALL
 
+from kvjax import pool as pools
 from kvjax import store as stores
+from kvjax.config import BLOCK
 from kvjax.lightzero import layout
 from kvjax.ops import window as windows
 from kvjax.types import Window
@@ -229,6 +233,79 @@ def test_filing_and_looking_up_in_one_call_is_one_after_the_other():
     # The last window is nobody's.
     results = [dataclasses.replace(x, kv=x.kv[: layout.UNREAD]) for x in results]
     chex.assert_trees_all_equal(*results)
+
+
+def test_more_node_slots_keep_what_is_filed_and_its_age():
+    """Of four slots that went around, and of a pool that is half empty."""
+    rng = np.random.default_rng(0)
+    lengths = (3, 5, 1, 7, 5, 3)
+    kv, batch = random_batch(rng, lengths)
+    latent = rng.normal(size=(6, 16)).astype(np.float32)
+
+    def rows_of(*chosen):
+        rows = describe(lengths, valid=np.isin(np.arange(6), chosen))
+        rows[layout.ENV] = 0
+        return rows
+
+    for filing, kept, survivors in (((0, 1, 2, 3, 4), 4, [2, 3, 4]), ((0, 1), 2, [0, 1])):
+        filed = layout.init(SMALL, 1, 4, root_slots=2)
+        filed = file(filed, batch, latent, lengths, rows_of(5), is_root=True)
+        filed = file(filed, batch, latent, lengths, rows_of(*filing))
+        before = stores.stats(filed.store)
+        assert before["nodes_stored"] == kept
+        filed = layout.with_node_slots(filed, node_slots=6)
+        assert stores.stats(filed.store) == before | {"nodes_slots": 6}
+        assert all(pools.check_invariants(filed.store.nodes).values())
+        asked = rows_of(*range(6))
+        _, found, info, _ = layout.look_up(filed, latent, asked, roots_only=False)
+        nodes = np.flatnonzero(np.equal(info[1], layout.IN_NODES)).tolist()
+        assert nodes == list(filing[-kept:])
+        assert info[1, 5] == layout.IN_ROOTS
+        for row in nodes[:2]:  # whose windows did not slide
+            length = int(info[0, row])
+            expected = in_layout(kv[row, lengths[row] - length : lengths[row]])
+            np.testing.assert_array_equal(found[:, :, row, :, K - length : K], expected)
+        filed = file(filed, batch, latent + 1, lengths, rows_of(0, 1, 2))
+        _, _, info, _ = layout.look_up(filed, latent, asked, roots_only=False)
+        assert np.flatnonzero(np.equal(info[1], layout.IN_NODES)).tolist() == survivors
+
+
+@st.composite
+def shapes(draw):
+    return 8 * draw(st.integers(1, 128)), draw(st.integers(1, 9))
+
+
+@hypothesis.settings(max_examples=3, deadline=None, phases=[hypothesis.Phase.generate])
+@hypothesis.given(shapes(), st.integers(0, 2**32 - 1))
+def test_what_was_filed_is_found_bit_for_bit(shape, seed):
+    """By both ways of filing and of looking up, whatever the width and the batch."""
+    width, count = shape
+    rng = np.random.default_rng(seed)
+    config = dataclasses.replace(SMALL, embed_dim=width, num_heads=1, num_layers=1)
+    filed = jax.device_put(layout.init(config, count, 4, root_slots=2))
+    stored, batch_shape = K, (1, 2, count, 1, layout.slots_of_row(C), width)
+    batch = rng.normal(size=batch_shape).astype(np.float32)
+    batch[..., :K, :] = 0  # rows of two tokens: behind K, where they grew
+    correction = np.zeros((1, 2, 1, stored, width), np.float32)
+    rows, lengths = describe([BLOCK] * count), np.full(count, BLOCK, np.int32)
+    nodes, later = rng.normal(size=(2, count, width)).astype(np.float32)
+    filing = batch, np.int32(C - 1), nodes, rows, lengths, correction
+    filed = layout.file(filed, *filing, is_root=False)
+    notes = np.zeros((2, count, width + 2), np.float32)
+    notes[layout.FILED, :, :width], notes[layout.ASKED, :, :width] = later, nodes
+    notes[:, :, layout.ROWS] = rows.T
+    known = jnp.asarray(np.stack([lengths - BLOCK, lengths]))
+    arrays, structure = layout.take_apart(filed)
+    between = layout.file_and_look_up(structure)
+    (found, info, *changed), _ = between(
+        jnp.asarray(batch), known, *arrays, correction, None, notes
+    )
+    filed = layout.put_together([*changed, *arrays[len(changed) :]], structure)
+    _, *again, _ = layout.look_up(filed, later, rows, roots_only=False)
+    tokens = batch[..., C - 1 - BLOCK : C - 1, :]
+    for found, info in ((found, info), again):
+        assert np.asarray(info).tolist() == [[BLOCK] * count, [layout.IN_NODES] * count]
+        np.testing.assert_array_equal(found[..., K - BLOCK : K, :], tokens)
 
 
 def test_clearing():

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 from test_attach import pair, pytestmark
-from torch_models import Driver, difference
+from torch_models import SMALL, Driver, difference
 
 from kvjax import dlpack
 from kvjax.lightzero import layout
@@ -182,6 +182,27 @@ def test_only_what_was_found_and_grew_by_a_block_may_wait():
     assert not bridge.scope.can_file_later(bridge.written(wm.keys_values_wm, ROWS), rows, lengths)
 
 
+@pytest.mark.parametrize(
+    "view", [lambda x: x.transpose(0, 1), lambda x: x.as_strided(x.shape, [0] * 4)]
+)
+def test_other_strides_are_another_batch(view):
+    """Of equal shape and begin: what the cache holds is filed, not the memory behind it."""
+    torch = pytest.importorskip("torch")
+    ours, _, _ = drivers()
+    wm = ours.model.world_model
+    assert SMALL["num_heads"] == ROWS  # so that a transposed cache has the same shape
+    cache = wm.keys_values_wm[1]._v_cache
+    cache._cache = view(cache._cache)
+    expected = cache._cache.clone()
+    latent = torch.full((ROWS, 1, 32), 0.5) * torch.arange(1, ROWS + 1)[:, None, None]
+    wm.keys_values_wm_size_list_current = [3] * ROWS
+    size = wm.keys_values_wm.size
+    wm.update_cache_context(latent, is_init_infer=False)
+    found = state_of(wm).bridge.look_up(latent, range(ROWS), roots_only=False)
+    assert found.lengths == [3] * ROWS
+    np.testing.assert_array_equal(found.views[-1][:, :, :3], expected[:, :, size - 3 : size])
+
+
 def test_notes_say_whose_rows_are_filed_and_asked_for():
     exchange = Exchange((1, 2, 1, 4, 2), 2, 3)
     one, other = np.array([[0, 1], [1, 1]], np.int32), np.array([[1, 0], [1, 0]], np.int32)
@@ -250,16 +271,23 @@ def test_searches_in_and_out_of_inference_mode_share_an_exchange():
         assert difference(theirs.step(3), ours.step(3)) < TOLERANCE
 
 
-@pytest.mark.parametrize("shape", [(ROWS, 32), (ROWS, 1, 1, 32), (ROWS, 4, 8)])
-def test_latents_of_any_shape_are_filed(shape):
+@pytest.mark.parametrize("shape", [(ROWS, 1, 32), (ROWS, 32), (ROWS, 1, 1, 32), (ROWS, 4, 8)])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
+@pytest.mark.parametrize("waits", [True, False])
+def test_latents_of_any_shape_and_dtype_are_filed(shape, dtype, waits):
+    """All become float32 in the same way, wherever they are filed and looked up."""
     torch = pytest.importorskip("torch")
     ours, _, _ = drivers()
     wm = ours.model.world_model
-    latent = np.random.default_rng(0).normal(size=(ROWS, 1, 32)).astype(np.float32)
-    wm.update_cache_context(torch.tensor(latent).reshape(shape), is_init_infer=False)
-    hits = wm.hit_count
-    wm.retrieve_or_generate_kvcache(latent, ROWS, 1, [0] * ROWS)
-    assert wm.hit_count - hits == ROWS
+    latent = torch.tensor(np.random.default_rng(0).normal(size=shape)).to(getattr(torch, dtype))
+    if not waits:
+        wm.keys_values_wm[0]._k_cache._cache = wm.keys_values_wm[0]._k_cache._cache.clone()
+    wm.update_cache_context(latent, is_init_infer=False)
+    assert (state_of(wm).bridge.scope.pending is not None) is waits
+    for asked in (latent, latent.float(), latent.float().numpy()):
+        hits = wm.hit_count
+        wm.retrieve_or_generate_kvcache(asked.reshape(ROWS, 1, 32), ROWS, 1, [0] * ROWS)
+        assert wm.hit_count - hits == ROWS
 
 
 @pytest.mark.parametrize(("rows", "size"), [(ROWS, 5), (ROWS + 1, 32)])

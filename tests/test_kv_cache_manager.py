@@ -409,6 +409,28 @@ def test_clearings_are_logged_now_and_then(caplog):
     ]
 
 
+@pytest.mark.parametrize("eviction", ["fifo", "lru", "priority"])
+@pytest.mark.parametrize("enable_stats", [True, False])
+def test_a_search_that_is_larger_than_its_pool_is_told_once(caplog, eviction, enable_stats):
+    """And loses what LightZero's own would; full pools of roots are nothing to tell."""
+    config = types.SimpleNamespace(num_simulations=2, max_cache_size=1)
+    manager = KVCacheManager(config, 2, enable_stats, eviction=eviction)
+    for key in range(4):
+        manager.set_recur_cache(key, filled(key))
+        manager.set_init_cache(0, key, filled(key))
+        manager.set_wm_cache(key, filled(key))
+    manager.set_recur_cache(0, filled(9))
+    manager.clear_recur_cache()
+    manager.set_recur_cache(0, filled(0))
+    assert caplog.records == []
+    for key in range(1, 7):
+        manager.set_recur_cache(key, filled(key))
+    (told,) = caplog.records
+    assert told.levelno == logging.WARNING
+    assert "is full with 4 nodes and drops some of the running search" in told.getMessage()
+    assert len(manager.recur_pool) == 4
+
+
 def test_representations():
     manager = KVCacheManager(CONFIG, 2)
     manager.set_init_cache(1, 1, filled(1))

@@ -30,6 +30,7 @@ Array = np.ndarray[Any, Any]
 DEFAULT_SCOPE = "default"
 
 _GROWTH = 2
+_HALF_BYTES = 2
 
 _replace = dataclasses.replace
 
@@ -464,8 +465,11 @@ def _nothing_filed(description: module.Description) -> layout.Filed:
 
 def _on_host(latent: Any) -> Array:
     """Rows [B, 1, E] of a tensor or an array as [B, E]; the memory may be torch's."""
-    array = latent if isinstance(latent, np.ndarray) else latent.numpy(force=True)
-    return array.reshape(len(array), -1)
+    if not isinstance(latent, np.ndarray):
+        # numpy has no bfloat16; what else there is becomes float32 where it is written down.
+        exact = latent if latent.itemsize > _HALF_BYTES else latent.float()
+        latent = exact.numpy(force=True)
+    return latent.reshape(len(latent), -1)
 
 
 def _padded(latent: Array, capacity: int) -> Array:

@@ -139,8 +139,11 @@ def tensors(keys_values: Any) -> list[Any]:
 
 def holds(keys_values: Any, batch: Batch) -> bool:
     """Whether a `KeysValues` is a batch's own memory; updates make new tensors of it."""
-    held, shape = tensors(keys_values), batch.views[0].shape
-    return [x.data_ptr() for x in held] == batch.places and all(x.shape == shape for x in held)
+    held, view = tensors(keys_values), batch.views[0]
+    if [x.data_ptr() for x in held] != batch.places:
+        return False
+    shape, strides = view.shape, view.stride()
+    return all(x.shape == shape and x.stride() == strides for x in held)
 
 
 def _stacked(keys_values: Any, capacity: int, before: int) -> Any:

@@ -21,8 +21,10 @@ class KVCacheManager:
     """All caches of one world model, in the place of LightZero main's class of that name.
 
     `init_pools`, one per environment, keep root steps; `recur_pool`, shared, keeps the nodes of a
-    search; `wm_pool` is at the caller's disposal. `keys_values_wm_list` and
-    `keys_values_wm_size_list` are lists that the world model uses as it likes.
+    search; `wm_pool` is at the caller's disposal. As LightZero's they have the sizes that the
+    configuration says: a search that makes more simulations loses its own nodes, which a warning in
+    the log tells the first time. `keys_values_wm_list` and `keys_values_wm_size_list` are lists
+    that the world model uses as it likes.
 
     Args:
       config: the world model's configuration; `num_simulations` (50 by default) and
@@ -58,7 +60,9 @@ class KVCacheManager:
         init_size = min(most, max(_LEAST_INIT_SLOTS, 2 * simulations))
         make = functools.partial(KVCachePool, eviction_strategy=eviction, enable_stats=enable_stats)
         self.init_pools = [make(init_size, name=f"init_env{env}") for env in range(self.env_num)]
-        self.recur_pool = make(simulations * self.env_num, name="recurrent")
+        self.recur_pool = make(
+            simulations * self.env_num, name="recurrent", on_eviction=_tell_of_lost_nodes
+        )
         self.wm_pool = make(self.env_num, name="world_model")
         self.keys_values_wm_list: list[KeysValues] = []
         self.keys_values_wm_size_list: list[int] = []
@@ -159,6 +163,16 @@ class KVCacheManager:
             f" recur_cache={len(self.recur_pool)}/{self.recur_pool.pool_size},"
             f" wm_cache={len(self.wm_pool)}/{self.wm_pool.pool_size})"
         )
+
+
+def _tell_of_lost_nodes(pool: KVCachePool) -> None:
+    # The pool is emptied before each search, so that what has to go is the running one's.
+    _log.warning(
+        "the recurrent pool is full with %d nodes and drops some of the running search, which goes"
+        " on without their context: set num_simulations in the world model's configuration to the"
+        " most simulations that any policy makes. This is not told again",
+        pool.pool_size,
+    )
 
 
 def _log_every(frequency: int, count: int, what: str) -> None:

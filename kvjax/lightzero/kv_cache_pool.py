@@ -4,7 +4,7 @@ Keys are compared in full, and what is handed out is the caller's alone, whateve
 """
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -92,6 +92,7 @@ class KVCachePool:
         "priority" (the lowest goes first); LightZero's enumeration of these is taken as well.
       enable_stats: whether `stats` counts; it is None otherwise.
       name: for messages.
+      on_eviction: called once, the first time that an entry has to go.
 
     Raises:
       ValueError: a size that is no positive integer, or an unknown strategy.
@@ -103,13 +104,15 @@ class KVCachePool:
         eviction_strategy: Any = "fifo",
         enable_stats: bool = True,
         name: str = "default",
+        *,
+        on_eviction: Callable[["KVCachePool"], None] | None = None,
     ) -> None:
         size, eviction = as_integer("pool_size", pool_size), eviction_strategy
         require(size >= 1, f"pool_size must be positive, got {pool_size}")
         eviction = getattr(eviction, "value", eviction)
         require_one_of("eviction_strategy", eviction, pools.EVICTIONS)
         self.pool_size, self.eviction_strategy, self.name = size, eviction, name
-        self.enable_stats = enable_stats
+        self.enable_stats, self._on_eviction = enable_stats, on_eviction
         self.stats = CacheStats() if enable_stats else None
         self._pool: Pool | None = None
         self._layout: keys_values.Layout | None = None
@@ -165,6 +168,9 @@ class KVCachePool:
         )
         if self.stats is not None:
             self.stats.evictions += int(evicted[0])
+        if self._on_eviction is not None and evicted[0]:
+            tell, self._on_eviction = self._on_eviction, None
+            tell(self)
         return int(slot[0])
 
     def _admit(self, kv_cache: KeysValues) -> None:
