@@ -301,6 +301,7 @@ def _wait_for(returned: threading.Event) -> None:
 
 def _is_done(array: jax.Array) -> bool:
     try:
-        return array.is_ready()
+        done: bool = array.is_ready()  # type: ignore[attr-defined]
+        return done
     except RuntimeError:  # deleted, perhaps just now and by another thread
         return True

@@ -303,9 +303,9 @@ def test_what_was_filed_is_found_bit_for_bit(shape, seed):
     filed = layout.put_together([*changed, *arrays[len(changed) :]], structure)
     _, *again, _ = layout.look_up(filed, later, rows, roots_only=False)
     tokens = batch[..., C - 1 - BLOCK : C - 1, :]
-    for found, info in ((found, info), again):
-        assert np.asarray(info).tolist() == [[BLOCK] * count, [layout.IN_NODES] * count]
-        np.testing.assert_array_equal(found[..., K - BLOCK : K, :], tokens)
+    for windows_found, where in ((found, info), again):
+        assert np.asarray(where).tolist() == [[BLOCK] * count, [layout.IN_NODES] * count]
+        np.testing.assert_array_equal(windows_found[..., K - BLOCK : K, :], tokens)
 
 
 def test_clearing():

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvjax import dlpack
+from kvjax import dlpack, interrupts
 from kvjax import pool as pools
 from kvjax import store as stores
 from kvjax.compilation import on_cpu
@@ -53,7 +53,7 @@ class Scope:
 
     @property
     def filed(self) -> layout.Filed:
-        """All windows; none if an interrupt kept a call from giving back what it took."""
+        """All windows; none if a call failed and gave nothing back of what it took."""
         return layout.put_together(self._arrays(), self._structure)
 
     @filed.setter
@@ -80,9 +80,9 @@ class Scope:
         self, *, env_id: int | None = None, roots: bool = False, nodes: bool = False
     ) -> None:
         """Notes that the roots of one environment, all roots or all nodes are to be forgotten."""
+        self._is_stale = True  # first, for whoever interrupts this
         self._stale_roots[slice(None) if env_id is None else env_id] |= roots
         self._stale_nodes |= nodes
-        self._is_stale = True
 
     def make_room(self, rows: int) -> None:
         """Lets the pool of nodes grow before rows to be filed push out others; nothing is pending.
@@ -114,8 +114,9 @@ class Scope:
     def settle(self) -> None:
         """Files what is pending, and waits until that is done."""
         if self.pending is not None:
-            (exchange, rest), self.pending = self.pending, None
-            self._file(exchange.batch, self._grown_end, *exchange.filed(), *rest)
+            with interrupts.held():
+                (exchange, rest), self.pending = self.pending, None
+                self._file(exchange.batch, self._grown_end, *exchange.filed(), *rest)
 
     def file(self, windows: Written, *filing: Any, is_root: bool) -> None:
         """Files windows and waits until that is done; see `layout.file`."""
@@ -123,9 +124,10 @@ class Scope:
 
     def _file(self, batch: Any, end: int, *filing: Any, is_root: bool = False) -> None:
         options = {"is_root": is_root, "keep": self._description.kept}
-        self.filed = layout.file(self.filed, batch, np.int32(end), *filing, **options)
-        # One computation: when one of its results is there it no longer reads what torch lent.
-        self.filed.kv.block_until_ready()
+        with interrupts.held():
+            self.filed = layout.file(self.filed, batch, np.int32(end), *filing, **options)
+            # One computation: when one of its results is there it no longer reads what torch lent.
+            self.filed.kv.block_until_ready()
 
     @property
     def _grown_end(self) -> int:
@@ -177,11 +179,17 @@ class Scope:
     def _file_and_look_up(
         self, latent: Array, rows: Array, correction: jax.Array
     ) -> tuple[Batch, jax.Array | None]:
-        capacity = rows.shape[1]
         if self._is_stale or (self.pending is not None and not self.pending[0].are_filed(rows)):
             self.clean()
+        with interrupts.held():
+            return self._exchange(latent, rows, correction)
+
+    def _exchange(
+        self, latent: Array, rows: Array, correction: jax.Array
+    ) -> tuple[Batch, jax.Array | None]:
+        capacity = rows.shape[1]
         pending, self.pending = self.pending, None
-        # Whoever interrupts this leaves no half of an exchange behind.
+        # Whatever fails here leaves no half of an exchange behind.
         exchange = self._exchanges.pop(capacity, None)
         if pending is not None:
             exchange, rest = pending
@@ -211,18 +219,28 @@ class Scope:
         """Files what is pending and forgets what is stale."""
         self.settle()
         if self._is_stale:
-            self.filed = layout.clear(self.filed, self._stale_roots, np.bool_(self._stale_nodes))
-            self._room = self.node_slots if self._stale_nodes else self._room
-            # Others, as the call may still read these.
-            self._stale_roots = np.zeros_like(self._stale_roots)
-            self._stale_nodes = self._is_stale = False
+            with interrupts.held():
+                self._clear()
+
+    def _clear(self) -> None:
+        self.filed = layout.clear(self.filed, self._stale_roots, np.bool_(self._stale_nodes))
+        self._room = self.node_slots if self._stale_nodes else self._room
+        # Others, as the call may still read these.
+        self._stale_roots = np.zeros_like(self._stale_roots)
+        self._stale_nodes = self._is_stale = False
 
     def new_epoch(self) -> None:
         """Forgets everything but raw tokens because the weights changed."""
-        self.pending = None
-        self.filed = layout.new_epoch(self.filed)
-        self._room = self.node_slots
-        self.outdated[:] = self.filed.store.latest is not None
+        with interrupts.held():
+            self.pending = None
+            self.filed = layout.new_epoch(self.filed)
+            self._room = self.node_slots
+            self.outdated[:] = self.filed.store.latest is not None
+
+    def count_rebuilt(self) -> None:
+        """Counts one window that was computed again after a miss."""
+        with interrupts.held():
+            self.filed = layout.count_rebuilt(self.filed)
 
 
 class Bridge:
@@ -465,11 +483,11 @@ def _nothing_filed(description: module.Description) -> layout.Filed:
 
 def _on_host(latent: Any) -> Array:
     """Rows [B, 1, E] of a tensor or an array as [B, E]; the memory may be torch's."""
-    if not isinstance(latent, np.ndarray):
-        # numpy has no bfloat16; what else there is becomes float32 where it is written down.
-        exact = latent if latent.itemsize > _HALF_BYTES else latent.float()
-        latent = exact.numpy(force=True)
-    return latent.reshape(len(latent), -1)
+    if isinstance(latent, np.ndarray):
+        array: Array = latent
+    else:  # numpy has no bfloat16; all others become float32 where they are written down
+        array = (latent if latent.itemsize > _HALF_BYTES else latent.float()).numpy(force=True)
+    return array.reshape(len(array), -1)
 
 
 def _padded(latent: Array, capacity: int) -> Array:

@@ -70,5 +70,5 @@ def _recall(wm: Any, bridge: Bridge, latent: Any, env_id: int) -> bool:
     written = caches.copied(renewed, bridge.capacity(1), wm.context_length)
     written = dataclasses.replace(written, end=written.end - renewed.size + length)
     bridge.file(written, [length], latent, [env_id], [tokens[:length]], is_root=True)
-    scope.filed = layout.count_rebuilt(scope.filed)
+    scope.count_rebuilt()
     return True

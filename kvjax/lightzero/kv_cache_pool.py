@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kvjax import interrupts
 from kvjax import pool as pools
 from kvjax.config import require, require_one_of
 from kvjax.lightzero import keys_values
@@ -138,7 +139,8 @@ class KVCachePool:
         if int(slot) == pools.NO_SLOT:
             return None
         if self.eviction_strategy == "lru":
-            self._pool = _touch(self._pool, slot[None])
+            with interrupts.held():
+                self._pool = _touch(self._pool, slot[None])
         words, sizes = np.asarray(words), np.asarray(sizes)
         return keys_values.unpack(self._skeleton, self._layout, words, sizes)
 
@@ -159,13 +161,14 @@ class KVCachePool:
         if self.eviction_strategy == "priority":
             priority = 0.0 if priority is None else priority
         ranks = None if priority is None else np.asarray([priority], np.float32)
-        self._pool, slot, evicted = _add(
-            pool=self._pool,
-            keys=lanes[None],
-            segments=np.zeros(1, np.int32),
-            entries=(words[None], sizes[None]),
-            priorities=ranks,
-        )
+        with interrupts.held():
+            self._pool, slot, evicted = _add(
+                pool=self._pool,
+                keys=lanes[None],
+                segments=np.zeros(1, np.int32),
+                entries=(words[None], sizes[None]),
+                priorities=ranks,
+            )
         if self.stats is not None:
             self.stats.evictions += int(evicted[0])
         if self._on_eviction is not None and evicted[0]:

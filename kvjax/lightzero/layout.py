@@ -21,7 +21,7 @@ H heads, D head size, P environments, M slots of a row. `batch` is [L, 2, B, H, 
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -365,8 +365,8 @@ def with_node_slots(filed: Filed, *, node_slots: int) -> Filed:
     store, old = filed.store, filed.store.nodes
     roots, size = pools.total_slots(store.roots), pools.total_slots(old)
     example = jax.tree.map(lambda rows: rows[0], old.entries)
-    lanes = old.records.shape[1] - pools.KEY
-    grown = pools.init(example, num_slots=node_slots, key_lanes=lanes, eviction=old.eviction)
+    lanes, eviction = old.records.shape[1] - pools.KEY, cast(pools.Eviction, old.eviction)
+    grown = pools.init(example, num_slots=node_slots, key_lanes=lanes, eviction=eviction)
     windows = jnp.zeros((node_slots + 2, *filed.kv.shape[1:]), filed.kv.dtype)
     live, segment = pools.is_live(old), jnp.zeros(1, jnp.int32)
 
