@@ -100,17 +100,17 @@ def test_others_may_look_at_memory(look):
         assert difference(theirs.step(3), ours.step(3)) < TOLERANCE
 
 
-def test_an_interrupt_leaves_no_half_of_an_exchange(monkeypatch):
+def test_an_error_leaves_no_half_of_an_exchange(monkeypatch):
     ours, theirs, handle = drivers()
     take, exchanges = Exchange.take, state_of(ours.model.world_model).bridge.scope._exchanges
 
-    def interrupted(*args):
+    def failed(*args):
         monkeypatch.setattr(Exchange, "take", take)
-        raise KeyboardInterrupt
+        raise MemoryError
 
-    monkeypatch.setattr(Exchange, "take", interrupted)
+    monkeypatch.setattr(Exchange, "take", failed)
     assert exchanges
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(MemoryError):
         ours.step(3)
     assert not exchanges
     ours, theirs = Driver(ours.model, ROWS, seed=1), Driver(theirs.model, ROWS, seed=1)
@@ -120,22 +120,22 @@ def test_an_interrupt_leaves_no_half_of_an_exchange(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["file_and_look_up", "file", "look_up"])
-def test_an_interrupt_after_a_call_loses_entries_and_nothing_else(monkeypatch, name):
+def test_an_error_after_a_call_loses_entries_and_nothing_else(monkeypatch, name):
     """What the call was given is gone, what it made never arrived."""
     ours, theirs, handle = drivers()
 
-    def interrupting(call):
-        def interrupted(*args, **kwargs):
+    def failing(call):
+        def failed(*args, **kwargs):
             call(*args, **kwargs)
             monkeypatch.undo()
-            raise KeyboardInterrupt
+            raise MemoryError
 
-        return interrupted
+        return failed
 
     call, makes_a_call = getattr(layout, name), name == "file_and_look_up"
-    replacement = (lambda *args: interrupting(call(*args))) if makes_a_call else interrupting(call)
+    replacement = (lambda *args: failing(call(*args))) if makes_a_call else failing(call)
     monkeypatch.setattr(layout, name, replacement)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(MemoryError):
         ours.step(3)
     ours, theirs = Driver(ours.model, ROWS, seed=1), Driver(theirs.model, ROWS, seed=1)
     for _ in range(3):
@@ -271,9 +271,16 @@ def test_searches_in_and_out_of_inference_mode_share_an_exchange():
         assert difference(theirs.step(3), ours.step(3)) < TOLERANCE
 
 
-@pytest.mark.parametrize("shape", [(ROWS, 1, 32), (ROWS, 32), (ROWS, 1, 1, 32), (ROWS, 4, 8)])
-@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
 @pytest.mark.parametrize("waits", [True, False])
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((ROWS, 32), "float32"),
+        ((ROWS, 1, 1, 32), "float16"),
+        ((ROWS, 4, 8), "bfloat16"),
+        ((ROWS, 1, 32), "float64"),
+    ],
+)
 def test_latents_of_any_shape_and_dtype_are_filed(shape, dtype, waits):
     """All become float32 in the same way, wherever they are filed and looked up."""
     torch = pytest.importorskip("torch")
