@@ -4,8 +4,11 @@ A call that moves a state has taken it from its caller and has not yet given the
 exception in between would lose it.
 """
 
-import signal
 import threading
+
+# What the module `signal` wraps: it makes an enumeration's member of each handler, in ten times the
+# time.
+from _signal import SIGINT, getsignal, signal  # type: ignore[import-not-found]
 from typing import Any
 
 
@@ -23,15 +26,15 @@ class held:  # noqa: N801  (used like a function)
         self._noted: tuple[Any, ...] | None = None
         self._before: Any = None
         if threading.current_thread() is threading.main_thread():
-            self._before = signal.getsignal(signal.SIGINT)
+            self._before = getsignal(SIGINT)
             if callable(self._before):
-                signal.signal(signal.SIGINT, self._note)
+                signal(SIGINT, self._note)
 
     def _note(self, *signal_and_frame: Any) -> None:
         self._noted = signal_and_frame
 
     def __exit__(self, *exception: object) -> None:
         if callable(self._before):
-            signal.signal(signal.SIGINT, self._before)
+            signal(SIGINT, self._before)
             if self._noted is not None:
                 self._before(*self._noted)
