@@ -1,6 +1,6 @@
 """The memory of a transformer world model while it is searched."""
 
-from kvjax import lightzero, ops
+from kvjax import checkpoint, lightzero, ops
 from kvjax.config import SearchConfig, WindowConfig, WorldModelConfig
 from kvjax.contexts import init_contexts, replay
 from kvjax.dlpack import to_jax, to_torch
@@ -27,6 +27,8 @@ from kvjax.types import (
     Window,
 )
 
+__version__ = "0.1.0"
+
 __all__ = [
     "AlignedWindow",
     "CacheMissError",
@@ -43,6 +45,7 @@ __all__ = [
     "Window",
     "WindowConfig",
     "WorldModelConfig",
+    "checkpoint",
     "init_contexts",
     "init_kept",
     "init_store",

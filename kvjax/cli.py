@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from kvjax import checkpoint, files
+from kvjax import __version__, checkpoint, files
 from kvjax.agent import Found, find_agent
 from kvjax.checkpoint import Checkpoint
 from kvjax.config import WINDOW_MODES, EnvironmentConfig, SearchConfig, listed
@@ -45,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="kvjax", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"kvjax {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
 
     play = _command(commands, "play", _play, "play episodes with a trained agent")
