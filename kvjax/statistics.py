@@ -59,7 +59,22 @@ def _table(values: dict[str, jax.Array]) -> jax.Array:
 
 
 class Statistics(dict[str, int]):
-    """Counters by name (`COUNTERS`), and how full the pools are; prints as a table."""
+    """What happened to a store since it was made, and how full its pools are; prints as a table.
+
+    Keys:
+      root_queries, root_hits: look-ups of root steps, and those that found their window.
+      queries: look-ups of all steps.
+      root_pool_hits, node_pool_hits: those that found a root, or a searched node.
+      misses: those that found nothing.
+      rebuilt: windows that were computed again after a miss.
+      false_matches: look-ups that met another key with the same 32 bits, and told it apart.
+      root_evictions, node_evictions: entries that went to make room.
+      not_stored: windows that found no slot.
+      batches, unequal_batches: steps with any window to read, and those of unequal lengths.
+      padded_rows, pad_tokens, largest_pad: what aligning those batches would take.
+      roots_stored, roots_slots: entries of all root pools, and room for them.
+      nodes_stored, nodes_slots: of the node pool.
+    """
 
     def __str__(self) -> str:
         queries = max(self["queries"], 1)

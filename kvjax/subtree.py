@@ -38,11 +38,17 @@ _NO_STEP = -2
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Kept:
-    """What a search leaves to the next one."""
+    """What a search leaves to the next one.
+
+    Attributes:
+      tree: edges [N, B, F, A] and sums of the whole search.
+      tokens: keys and values of its nodes, [M, B, E] each.
+      timestep: [B] int32, of the roots.
+    """
 
     tree: Tree
     tokens: Tokens
-    timestep: jax.Array  # [B] int32 of the roots
+    timestep: jax.Array
 
 
 @jax.tree_util.register_dataclass

@@ -20,11 +20,17 @@ Params = Any
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class Window(display.Drawn):
-    """A context window: tokens are left-aligned, slots past `length` are zero."""
+    """A context window: tokens are left-aligned, slots past `length` are zero.
 
-    kv: jax.Array  # [C, L, 2, H, D], keys at 0 and values at 1 of the third axis
-    length: jax.Array  # [] int32
-    raw: jax.Array | None = None  # [C, E] tokens before positions, where a mode keeps them
+    Attributes:
+      kv: [C, L, 2, H, D], keys at 0 and values at 1 of the third axis.
+      length: [] int32, tokens.
+      raw: [C, E], tokens before positions, where a mode keeps them; else None.
+    """
+
+    kv: jax.Array
+    length: jax.Array
+    raw: jax.Array | None = None
 
     def _picture(self) -> display.Picture | None:
         return display.window("Window", self.kv, self.length)
@@ -33,11 +39,17 @@ class Window(display.Drawn):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class AlignedWindow(display.Drawn):
-    """A window behind `pad` empty slots, so that all rows of a batch end at the same slot."""
+    """A window behind `pad` empty slots, so that all rows of a batch end at the same slot.
 
-    kv: jax.Array  # [C, L, 2, H, D]
-    length: jax.Array  # [] int32, tokens
-    pad: jax.Array  # [] int32, empty slots before the first token
+    Attributes:
+      kv: [C, L, 2, H, D], as of a `Window`.
+      length: [] int32, tokens.
+      pad: [] int32, empty slots before the first token.
+    """
+
+    kv: jax.Array
+    length: jax.Array
+    pad: jax.Array
 
     def _picture(self) -> display.Picture | None:
         return display.window("AlignedWindow", self.kv, self.length, self.pad)
@@ -46,46 +58,75 @@ class AlignedWindow(display.Drawn):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """What a world model says about one transition; logits are over the support."""
+    """What a world model says about one transition.
 
-    latent: jax.Array  # [E] next latent state
-    reward: jax.Array  # [S] logits
-    policy: jax.Array  # [A] logits
-    value: jax.Array  # [S] logits
+    Attributes:
+      latent: [E], the next latent state.
+      reward: [S] logits over the support.
+      policy: [A] logits.
+      value: [S] logits over the support.
+    """
+
+    latent: jax.Array
+    reward: jax.Array
+    policy: jax.Array
+    value: jax.Array
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A world model's variables and what a search needs of them, see `kvjax.prepare`."""
+    """A world model's variables and what a search needs of them, see `kvjax.prepare`.
+
+    Attributes:
+      params: the variables.
+      folded: `kvjax.fused.Folded`.
+    """
 
     params: Params
-    folded: Any  # kvjax.fused.Folded
+    folded: Any
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Contexts:
-    """What an environment carries from step to step: its root window and its clock."""
+    """What environments carry from step to step: their root windows and clocks.
 
-    window: Window  # batched: [B, C, L, 2, H, D] and [B]
-    timestep: jax.Array  # [B] int32, -1 before the first step
+    Attributes:
+      window: a batch, `kv` [B, C, L, 2, H, D] and `length` [B].
+      timestep: [B] int32, -1 before the first step.
+    """
+
+    window: Window
+    timestep: jax.Array
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class SearchOutput(display.Drawn):
-    """Result of one search per row."""
+    """Result of one search per row.
 
-    action: jax.Array  # [B] int32
-    visit_counts: jax.Array  # [B, A] int32, of the root's actions
-    root_value: jax.Array  # [B] mean value of the root
-    q_values: jax.Array  # [B, A] of the root's actions, 0 where never visited
-    prior: jax.Array  # [B, A] the network's policy over legal actions, noise left out
-    network_value: jax.Array  # [B] the network's own value of the root
-    mean_depth: jax.Array  # [B] edges below the root, mean over simulations
-    finite: jax.Array  # [B] bool, False: the model answered NaN or infinity, discard the row
-    kept: Any = None  # kvjax.subtree.Kept for the next search, with `SearchConfig.kept_nodes`
+    Attributes:
+      action: [B] int32, what to do.
+      visit_counts: [B, A] int32, of the root's actions.
+      root_value: [B], mean value of the root.
+      q_values: [B, A], of the root's actions, 0 where never visited.
+      prior: [B, A], the network's policy over legal actions, noise left out.
+      network_value: [B], the network's own value of the root.
+      mean_depth: [B], edges below the root, mean over simulations.
+      finite: [B] bool, False: the model answered NaN or infinity, discard the row.
+      kept: `kvjax.Kept` for the next search, with `SearchConfig.kept_nodes`; else None.
+    """
+
+    action: jax.Array
+    visit_counts: jax.Array
+    root_value: jax.Array
+    q_values: jax.Array
+    prior: jax.Array
+    network_value: jax.Array
+    mean_depth: jax.Array
+    finite: jax.Array
+    kept: Any = None
 
     def _picture(self) -> display.Picture | None:
         return display.search_output(self)
@@ -111,13 +152,21 @@ SEGMENT_ERA = slice(2, 4)  # 64 bits, the lower half first: it counts up and nev
 )
 @dataclasses.dataclass(frozen=True, repr=False)
 class Pool(display.Drawn):
-    """P segments of S hashed slots, see `kvjax.pool`."""
+    """P segments of S hashed slots, see `kvjax.pool`.
 
-    records: jax.Array  # [P * S + 1, 7 + K] uint32: links, age and key of each slot
-    heads: jax.Array  # [P * M + 1] uint32: first slot of each bucket's chain
-    segments: jax.Array  # [P, 4] uint32: cursor, clock and era
-    entries: Any  # rows [P * S, ...]
-    eviction: str  # static
+    Attributes:
+      records: [P * S + 1, 7 + K] uint32, links, age and key of each slot.
+      heads: [P * M + 1] uint32, first slot of each bucket's chain.
+      segments: [P, 4] uint32, cursor, clock and era.
+      entries: what the slots hold, rows [P * S, ...].
+      eviction: "fifo", "lru" or "priority" (static).
+    """
+
+    records: jax.Array
+    heads: jax.Array
+    segments: jax.Array
+    entries: Any
+    eviction: str
 
     def _picture(self, name: str = "Pool") -> display.Picture | None:
         records, segments = np.asarray(self.records), np.asarray(self.segments)
@@ -138,14 +187,24 @@ class Pool(display.Drawn):
 )
 @dataclasses.dataclass(frozen=True, repr=False)
 class Store(display.Drawn):
-    """Windows by latent: one root pool per environment and a shared recurrent pool."""
+    """Windows by latent: one root pool per environment and a shared pool of searched nodes.
 
-    roots: Pool  # one segment per environment
-    nodes: Pool  # a single segment
-    epoch: jax.Array  # [] uint32, counts parameter updates
-    counters: jax.Array  # [N, 2] uint32, see `kvjax.statistics`
-    latest: jax.Array | None  # [P] int32 slot of each newest root, where raw tokens are kept
-    verify_keys: bool  # static: keys hold the latent itself
+    Attributes:
+      roots: one segment per environment.
+      nodes: a single segment.
+      epoch: [] uint32, counts parameter updates.
+      counters: [N, 2] uint32, 64 bits each, see `kvjax.stats`.
+      latest: [P] int32, slot of each environment's newest root where raw tokens are kept; else
+        None.
+      verify_keys: whether keys hold the latent itself (static).
+    """
+
+    roots: Pool
+    nodes: Pool
+    epoch: jax.Array
+    counters: jax.Array
+    latest: jax.Array | None
+    verify_keys: bool
 
     def _picture(self) -> display.Picture | None:
         pools = [self.roots._picture("roots"), self.nodes._picture("nodes")]
@@ -155,13 +214,24 @@ class Store(display.Drawn):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Inference:
-    """Result of one inference step of a store; a `Prediction` per row, and how it was looked up."""
+    """Result of one inference step of a store; a `Prediction` per row, and how it was looked up.
 
-    latent: jax.Array  # [B, E] latent of the new node
-    reward: jax.Array  # [B, R] logits; zero at roots
-    policy: jax.Array  # [B, A] logits
-    value: jax.Array  # [B, R] logits
-    hit: jax.Array  # [B] bool, the parent's window was found (a first step needs none: False)
-    slot: jax.Array  # [B] int32 handle of the new window, NO_SLOT if it is not stored
-    valid: jax.Array  # [B] bool, False: an id was out of range, the row is NaN and not stored
-    full: jax.Array  # [B] bool, the new window is not stored: the node pool has no slot left
+    Attributes:
+      latent: [B, E], of the new node.
+      reward: [B, S] logits over the support, zero at roots.
+      policy: [B, A] logits.
+      value: [B, S] logits over the support.
+      hit: [B] bool, the parent's window was found (a first step needs none: False).
+      slot: [B] int32, handle of the new window, -1 if it is not stored.
+      valid: [B] bool, False: an id was out of range, the row is NaN and not stored.
+      full: [B] bool, the new window is not stored: the node pool has no slot left.
+    """
+
+    latent: jax.Array
+    reward: jax.Array
+    policy: jax.Array
+    value: jax.Array
+    hit: jax.Array
+    slot: jax.Array
+    valid: jax.Array
+    full: jax.Array
