@@ -1,8 +1,10 @@
-"""Checks on the host of what a batch of an inference step brings.
+"""Checks on the host of what a call brings, before anything is compiled.
 
 Shapes: B rows, E embedding size.
 """
 
+import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -10,10 +12,86 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax import store as stores
-from kvjax.config import WorldModelConfig
-from kvjax.types import Contexts, Store, Window
+from kvjax.config import WorldModelConfig, describe, require, require_type
+from kvjax.types import Contexts, Params, Store, Window
 
 ArrayLike = jax.Array | np.ndarray[Any, Any]
+
+
+def validate_model(params: Params, config: WorldModelConfig) -> None:
+    """Refuses what are no variables of a world model of this configuration.
+
+    Looks at a few tensors only, since searches are called often: those whose shapes tell one
+    configuration from another.
+
+    Raises:
+      TypeError: `params` is no dictionary, `config` no `WorldModelConfig`.
+      ValueError: `params` is only a part of the variables, or another configuration's.
+    """
+    require_type("config", config, WorldModelConfig, "kvjax.WorldModelConfig")
+    if not isinstance(params, Mapping):
+        hint = ": pass its .params" if hasattr(params, "params") else ""
+        raise TypeError(
+            f'params must be a dictionary of variables, {{"params": ...}}, got {describe(params)}'
+            f"{hint}"
+        )
+    if "params" not in params:
+        raise ValueError(
+            'params must be all variables, {"params": ..., "batch_stats": ...}, got a dictionary'
+            f" of {', '.join(map(str, params)) or 'nothing'}"
+        )
+    for path, expected in _landmarks(config):
+        came = _shape_at(params, path)
+        if came != expected:
+            wanted = "be absent" if expected is None else f"have shape {expected}"
+            raise ValueError(
+                f"params are not those of this config: {'/'.join(path)} must {wanted}, got"
+                f" {'none' if came is None else came}"
+            )
+
+
+def _shape_at(params: Any, path: tuple[str, ...]) -> tuple[int, ...] | None:
+    try:
+        for name in path:
+            params = params[name]
+    except (KeyError, IndexError, TypeError):
+        return None
+    return getattr(params, "shape", None)
+
+
+@functools.lru_cache
+def _landmarks(config: WorldModelConfig) -> list[tuple[tuple[str, ...], tuple[int, ...] | None]]:
+    """Names of tensors, and the shapes that they have; None for one that there is not."""
+    width, layers, rows = config.embed_dim, config.num_layers, config.max_tokens
+    norms = {"layernorm": (width,), "simnorm": None}
+    hidden = 4 * width if config.layout == "main" else width
+    known: dict[str, Any] = {
+        "action_embedding/embedding": (config.num_actions, width),
+        "position_embedding/embedding": None if rows is None else (rows, width),
+        f"blocks_{layers - 1}/key/bias": (width,),
+        f"blocks_{layers}/key/bias": None,
+        "value_head/hidden/bias": (hidden,),
+        "value_head/output/bias": (config.support_size,),
+        "latent_final/norm/bias": norms[config.latent_norm],
+    }
+    if config.has_encoder:
+        known["encoder/final/norm/bias"] = norms[config.encoder_norm]
+    if config.image_shape is not None:
+        known["encoder/stem/kernel"] = (3, 3, config.image_shape[0], config.image_channels // 2)
+        known[f"encoder/blocks_{config.image_blocks}/conv1/kernel"] = None
+    elif config.has_encoder:
+        known["encoder/input/kernel"] = (config.observation_size, width)
+    return [(("params", *name.split("/")), shape) for name, shape in known.items()]
+
+
+def validate_key(rng: Any) -> None:
+    """Refuses what is not one PRNG key: `TypeError`. Raw keys, [2] or [4] uint32, are one."""
+    dtype, shape = getattr(rng, "dtype", None), np.shape(rng)
+    if dtype is None:
+        raise TypeError(f"rng must be a PRNG key, got {describe(rng)}: jax.random.key makes one")
+    is_typed = jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if not (shape == () if is_typed else dtype == np.uint32 and len(shape) == 1):
+        raise TypeError(f"rng must be one PRNG key, got {dtype} of shape {shape}")
 
 
 def num_rows(latent: ArrayLike) -> int:
@@ -39,9 +117,10 @@ def validate_batch(
     validate_store(store, config)
     for name, value in latents.items():
         expected = (rows, config.embed_dim)
-        if np.shape(value) != expected or value.dtype != jnp.float32:
+        dtype = getattr(value, "dtype", type(value).__name__)
+        if np.shape(value) != expected or dtype != jnp.float32:
             raise ValueError(
-                f"{name} must be float32 of shape {expected}, got {value.dtype} {np.shape(value)}"
+                f"{name} must be float32 of shape {expected}, got {dtype} {np.shape(value)}"
             )
     for name, value in ids.items():
         is_integer = hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jnp.integer)
@@ -54,7 +133,8 @@ def validate_batch(
 
 
 def validate_store(store: Store, config: WorldModelConfig) -> None:
-    """Refuses a store of another model's windows."""
+    """Refuses what is no store, one that was moved, or one of another model's windows."""
+    stores.require_store(store)
     _validate_raw("entries of the store", store.roots.entries, config)
     held = store.roots.entries.kv
     expected = (config.window.kept_length, *config.window.token_shape)
@@ -66,7 +146,10 @@ def validate_store(store: Store, config: WorldModelConfig) -> None:
 
 
 def validate_contexts(contexts: Contexts, config: WorldModelConfig) -> None:
-    """Refuses contexts of another model's windows, or of another window mode."""
+    """Refuses what are no contexts, donated ones, and those of another model or window mode."""
+    require_type("contexts", contexts, Contexts, "kvjax.init_contexts")
+    gone = stores.is_deleted(contexts.timestep)
+    require(not gone, "the contexts were donated to an earlier call: use those that came back")
     window, rows = contexts.window, contexts.timestep.shape
     _validate_raw("contexts", window, config)
     expected = (*rows, config.context_length, *config.window.token_shape)

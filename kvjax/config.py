@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any, Literal, get_args
 
+import numpy as np
+
 BLOCK = 2
 """Tokens per environment step: one observation token and one action token."""
 
@@ -39,12 +41,44 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def require_type(name: str, value: Any, kind: type, maker: str) -> None:
+    """Raises `TypeError` unless the value is of a kind, with a word on where to find one."""
+    if isinstance(value, kind):
+        return
+    inside = [i for i, x in enumerate(value) if isinstance(x, kind)] if type(value) is tuple else []
+    if isinstance(getattr(value, name, None), kind):
+        hint = f"pass its .{name}"
+    else:
+        hint = f"pass its item {inside[0]}" if inside else f"{maker} makes one"
+    raise TypeError(f"{name} must be of type {kind.__name__}, got {describe(value)}: {hint}")
+
+
+def describe(value: Any) -> str:
+    """A value's type, and a plain value itself."""
+    name = type(value).__name__
+    return f"{name} {value!r}" if isinstance(value, int | float | str) else name
+
+
+def require_count(name: str, value: Any) -> int:
+    """The value as an `int`; raises `ValueError` unless it is a positive integer, numpy's too."""
+    is_integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    require(is_integer and bool(value >= 1), f"{name} must be a positive integer, got {value!r}")
+    return int(value)
+
+
 def require_positive(owner: Any, *names: str) -> None:
-    """Raises `ValueError` unless each named field is a positive integer."""
+    """Keeps each named field of a frozen owner as what `require_count` makes of it."""
     for name in names:
-        value = getattr(owner, name)
-        is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-        require(is_count, f"{name} must be a positive integer, got {value!r}")
+        object.__setattr__(owner, name, require_count(name, getattr(owner, name)))
+
+
+def require_shape(name: str, array: Any, shape: tuple[int | str, ...]) -> None:
+    """Raises `ValueError` unless an array has that shape, in which letters stand for any size."""
+    came = np.shape(array)
+    fits = len(came) == len(shape) and all(
+        wanted == size or isinstance(wanted, str) for wanted, size in zip(shape, came, strict=True)
+    )
+    require(fits, f"{name} must have shape [{', '.join(map(str, shape))}], got {list(came)}")
 
 
 def require_one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:

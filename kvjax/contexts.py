@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax import step, world_model
-from kvjax.checks import ArrayLike, validate_contexts, validate_range
-from kvjax.config import WorldModelConfig, require
+from kvjax.checks import ArrayLike, validate_contexts, validate_model, validate_range
+from kvjax.config import WorldModelConfig, require, require_count, require_type
 from kvjax.ops import window as windows
 from kvjax.types import Contexts, Params
 
@@ -24,10 +24,11 @@ def init_contexts(config: WorldModelConfig, num_envs: int) -> Contexts:
       `Contexts` with windows [B, C, L, 2, H, D] and timestep -1.
 
     Raises:
-      ValueError: `num_envs` is below 1.
+      TypeError: `config` is no `WorldModelConfig`.
+      ValueError: `num_envs` is not a positive integer.
     """
-    if num_envs < 1:
-        raise ValueError(f"num_envs must be at least 1, got {num_envs}")
+    require_type("config", config, WorldModelConfig, "kvjax.WorldModelConfig")
+    num_envs = require_count("num_envs", num_envs)
     window = jax.vmap(lambda _: windows.init(config.window))(jnp.arange(num_envs))
     return Contexts(window=window, timestep=jnp.full((num_envs,), -1, jnp.int32))
 
@@ -89,8 +90,11 @@ def replay(
       where the length is 0).
 
     Raises:
-      ValueError: a shape does not fit, or host arrays hold values out of range.
+      TypeError: an argument of another type.
+      ValueError: variables or contexts of another configuration, a shape does not fit, or host
+        arrays hold values out of range.
     """
+    validate_model(params, config)
     observation, action, length = np.asarray(observation), np.asarray(action), np.asarray(length)
     require(action.ndim == 2, f"action must have shape [B, T], got {action.shape}")
     for name, value in {"action": action, "length": length}.items():
@@ -107,9 +111,9 @@ def replay(
     validate_range("length", length, 0, steps)
     require(steps >= 1, "a history needs at least one step, got T = 0")
     contexts = init_contexts(config, rows) if contexts is None else contexts
+    validate_contexts(contexts, config)
     given = contexts.timestep.shape[0]
     require(given == rows, f"contexts must have {rows} rows, got {given}")
-    validate_contexts(contexts, config)
     contexts, policy, value = _replay(
         params,
         contexts,

@@ -41,8 +41,10 @@ def to_torch(tree: Any) -> Any:
       The same tree of contiguous, writable tensors.
 
     Raises:
-      ValueError: a leaf is no array, is being traced, or has a dtype that torch does not know.
+      ValueError: None instead of a tree; a leaf is no array, is being traced, or has a dtype that
+        torch does not know.
     """
+    require(tree is not None, "expected a tree of jax or numpy arrays, got None")
     return jax.tree.map(_to_tensor, tree)
 
 
@@ -59,9 +61,10 @@ def to_jax(tree: Any) -> Any:
       The same tree of jax arrays, ready and owned by jax.
 
     Raises:
-      ValueError: a leaf is no dense array, lies on a device that jax does not have, or holds
-        integers that would not survive.
+      ValueError: None instead of a tree; a leaf is no dense array, lies on a device that jax does
+        not have, or holds integers that would not survive.
     """
+    require(tree is not None, "expected a tree of torch tensors, got None")
     return jax.tree.map(_to_array, tree)
 
 

@@ -16,12 +16,11 @@ import dataclasses
 import functools
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 
 from kvjax import world_model
-from kvjax.config import WorldModelConfig
+from kvjax.config import WorldModelConfig, require_shape
 from kvjax.encoders import EPSILON
 from kvjax.ops import position
 from kvjax.types import Params
@@ -186,7 +185,8 @@ def token_step(
       The stream [E, B] behind the last layer, centred and not normalised, and the token's own keys
       and values.
     """
-    chex.assert_rank([x, valid], 2)
+    require_shape("x", x, ("E", "B"))
+    require_shape("valid", valid, (x.shape[1], "T"))
     width, batch = x.shape
     own = []
     for layer, block in enumerate(folded.blocks):

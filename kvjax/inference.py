@@ -19,7 +19,7 @@ import numpy as np
 from kvjax import interrupts, step, world_model
 from kvjax import pool as pools
 from kvjax import store as stores
-from kvjax.checks import ArrayLike, num_rows, validate_batch, validate_range
+from kvjax.checks import ArrayLike, num_rows, validate_batch, validate_model, validate_range
 from kvjax.compilation import computed_once
 from kvjax.config import WorldModelConfig, require_one_of
 from kvjax.ops import hashing
@@ -119,10 +119,13 @@ def initial_inference(
       be checked for in advance) have `valid` False and NaN predictions and are not stored.
 
     Raises:
-      ValueError: shapes or dtypes do not fit, or host arrays hold ids out of range.
+      TypeError: an argument of another type.
+      ValueError: variables or a store of another configuration, or a store that was moved; shapes
+        or dtypes do not fit, or host arrays hold ids out of range.
       CacheMissError: a row missed and the policy is "error".
       StepInterrupt: an interrupt (Ctrl-C) came; it has the store.
     """
+    validate_model(params, config)
     rows = num_rows(latent)
     ids = {"action": action, "env_id": env_id, "timestep": timestep}
     validate_batch(store, config, rows, {"last_latent": last_latent, "latent": latent}, ids)
@@ -196,10 +199,11 @@ def recurrent_inference(
       The store and an `Inference`, as `initial_inference`.
 
     Raises:
-      ValueError, CacheMissError, StepInterrupt: as `initial_inference`; and more rows than the
-        node pool's slots.
+      TypeError, ValueError, CacheMissError, StepInterrupt: as `initial_inference`; and more rows
+        than the node pool's slots.
       StoreFullError: a new window has no room and the policy is "error".
     """
+    validate_model(params, config)
     rows = num_rows(latent)
     ids = {"action": action, "env_id": env_id, "depth": depth, "timestep": timestep}
     ids |= {} if slot is None else {"slot": slot}

@@ -7,7 +7,8 @@ import jax
 
 from kvjax import store as stores
 from kvjax import world_model
-from kvjax.config import WorldModelConfig
+from kvjax.checks import validate_contexts, validate_model, validate_store
+from kvjax.config import WorldModelConfig, describe
 from kvjax.contexts import init_contexts
 from kvjax.types import Contexts, Params, Prepared, Store
 
@@ -41,13 +42,17 @@ def on_params_update(
       params: the new parameters, or what `kvjax.prepare` made of them.
 
     Raises:
-      TypeError: the state is neither.
+      TypeError: the state is neither, or another argument has another type.
+      ValueError: the parameters or the state are another configuration's; the store was moved.
     """
     params = params.params if isinstance(params, Prepared) else params
+    validate_model(params, config)
     if isinstance(state, Store):
+        validate_store(state, config)
         return stores.new_epoch(state)
     if not isinstance(state, Contexts):
-        raise TypeError(f"expected Contexts or a Store, got {type(state).__name__}")
+        raise TypeError(f"state must be Contexts or a Store, got {describe(state)}")
+    validate_contexts(state, config)
     contexts: Contexts = _renew(params, state, config=config)
     return contexts
 

@@ -17,13 +17,12 @@ Shapes: P segments, S slots of a segment, B rows, K lanes of a key, M buckets of
 import dataclasses
 from typing import Any, Literal
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from kvjax import types
-from kvjax.config import require, require_one_of
+from kvjax.config import require_count, require_one_of, require_shape
 from kvjax.ops import hashing
 from kvjax.types import Pool
 
@@ -64,8 +63,8 @@ def init(
     Raises:
       ValueError: a size below 1 or an unknown policy.
     """
-    for name, size in {"num_slots": num_slots, "num_segments": num_segments}.items():
-        require(size >= 1, f"{name} must be at least 1, got {size}")
+    num_slots = require_count("num_slots", num_slots)
+    num_segments = require_count("num_segments", num_segments)
     require_one_of("eviction", eviction, EVICTIONS)
     total = num_segments * num_slots
     buckets = 1 << (2 * num_slots - 1).bit_length()  # at most half full
@@ -114,7 +113,8 @@ def find(pool: Pool, key: jax.Array, segment: jax.Array) -> tuple[jax.Array, jax
       The slot, [] int32, NO_SLOT if the key is not stored; and whether a stored key has the same
       32-bit bucket but is another key, [] bool.
     """
-    chex.assert_shape(key, (pool.records.shape[1] - KEY,))
+    require_shape("key", key, (pool.records.shape[1] - KEY,))
+    require_shape("segment", segment, ())
     slot, false_match = _walk(pool, key, segment)
     return _or_no_slot(pool, slot), false_match
 
@@ -203,8 +203,11 @@ def add(
     Raises:
       ValueError: priorities are missing or not asked for, or entries of another dtype.
     """
+    require_shape("keys", keys, ("B", pool.records.shape[1] - KEY))
     num_rows = keys.shape[0]
-    chex.assert_shape(keys, (num_rows, pool.records.shape[1] - KEY))
+    for name, rows in {"segments": segments, "priorities": priorities, "valid": valid}.items():
+        if rows is not None:
+            require_shape(name, rows, (num_rows,))
     _check_entries(pool, entries, num_rows)
     if (priorities is not None) != (pool.eviction == "priority"):
         raise ValueError(f"priorities go with eviction 'priority', this is {pool.eviction!r}")
@@ -245,7 +248,7 @@ def _earlier_twin(keys: jax.Array, segments: jax.Array, valid: jax.Array) -> jax
 
 def _check_entries(pool: Pool, entries: Any, num_rows: int) -> None:
     def check(table: jax.Array, rows: jax.Array) -> None:
-        chex.assert_shape(rows, (num_rows, *table.shape[1:]))
+        require_shape("entries", rows, (num_rows, *table.shape[1:]))
         if rows.dtype != table.dtype:
             raise ValueError(f"the pool holds {table.dtype}, got entries of {rows.dtype}")
 

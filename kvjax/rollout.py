@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from kvjax import step, world_model
-from kvjax.config import WorldModelConfig
+from kvjax.checks import validate_model
+from kvjax.config import WorldModelConfig, require_shape, require_type
 from kvjax.types import Params, Prediction, Window
 
 
@@ -35,7 +36,16 @@ def rollout(
     Returns:
       The window after the last step, and a `Prediction` with a leading K: latent [K, E], reward
       [K, S], policy [K, A], value [K, S].
+
+    Raises:
+      TypeError: an argument of another type.
+      ValueError: variables of another configuration, or a shape does not fit.
     """
+    validate_model(params, config)
+    require_type("window", window, Window, "kvjax.ops.window.init")
+    require_shape("window.kv", window.kv, (config.context_length, *config.window.token_shape))
+    require_shape("action", action, ("K",))
+    require_shape("timestep", timestep, ())
     correction = world_model.slide_correction(params, config=config)
 
     def one_step(

@@ -12,9 +12,15 @@ import numpy as np
 
 from kvjax import fused_step, mctx_search, own_token_search, step, subtree, world_model
 from kvjax import tree as trees
-from kvjax.checks import ArrayLike, validate_contexts, validate_range
+from kvjax.checks import (
+    ArrayLike,
+    validate_contexts,
+    validate_key,
+    validate_model,
+    validate_range,
+)
 from kvjax.compilation import jit_small_operations
-from kvjax.config import SearchConfig, WorldModelConfig
+from kvjax.config import SearchConfig, WorldModelConfig, require_type
 from kvjax.contexts import advance
 from kvjax.fused import fold
 from kvjax.ops import support
@@ -26,13 +32,22 @@ _NARROW = 128
 """Embedding size up to which loops are faster in one thread; on 2 cores, 256 is slower so."""
 
 
-@functools.partial(jax.jit, static_argnames=("config",))
 def prepare(params: Params, *, config: WorldModelConfig) -> Prepared:
     """Folds a model's variables for `search` once, instead of in every call.
 
     Worth it for wide models: their [E, 4E] matrices are then rewritten once. Prepare again whenever
     the variables change.
+
+    Raises:
+      TypeError, ValueError: the variables are not a model's of this configuration.
     """
+    validate_model(params, config)
+    prepared: Prepared = _prepare(params, config=config)
+    return prepared
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
+def _prepare(params: Params, *, config: WorldModelConfig) -> Prepared:
     return Prepared(params=params, folded=fold(params, config=config))
 
 
@@ -67,9 +82,12 @@ def search(
       answer NaN is reported in `finite`; other rows do not notice. Restart it: its context is NaN.
 
     Raises:
-      ValueError: a shape does not fit, or host arrays hold an action outside -1 .. A - 1 or a row
-        without a legal action; `kept` without `kept_nodes`, or of another configuration.
+      TypeError: an argument of another type.
+      ValueError: variables or contexts of another configuration; a shape does not fit, or host
+        arrays hold an action outside -1 .. A - 1 or a row without a legal action; `kept` without
+        `kept_nodes`, or of another configuration.
     """
+    _check_types(params, rng, config, search)
     arrays = _arrays(contexts, observation, last_action, legal, config)
     kept = _kept(kept, contexts, config, search)
     contexts, out = _search(params, rng, contexts, *arrays, kept, config=config, search=search)
@@ -89,11 +107,20 @@ def compiled(
     kept: Kept | None = None,
 ) -> jax.stages.Compiled:
     """What `search` runs for these arguments: its text, and how much memory it takes."""
+    _check_types(params, rng, config, search)
     arrays = _arrays(contexts, observation, last_action, legal, config)
     kept = _kept(kept, contexts, config, search)
     lowered = _search.lower(params, rng, contexts, *arrays, kept, config=config, search=search)
     program: jax.stages.Compiled = lowered.compile()
     return program
+
+
+def _check_types(
+    params: Params | Prepared, rng: jax.Array, config: WorldModelConfig, search: SearchConfig
+) -> None:
+    validate_model(params.params if isinstance(params, Prepared) else params, config)
+    validate_key(rng)
+    require_type("search", search, SearchConfig, "kvjax.SearchConfig")
 
 
 def _arrays(
@@ -125,6 +152,7 @@ def _kept(
     """What the search begins with: nothing at all unless it keeps nodes, so that it can be None."""
     rows = contexts.timestep.shape[0]
     if kept is not None:
+        require_type("kept", kept, Kept, "kvjax.init_kept")
         subtree.validate(kept, rows, config, search)
         return kept
     return subtree.init_kept(config, rows, search) if search.kept_nodes else None

@@ -17,7 +17,7 @@ import numpy as np
 
 from kvjax import pool as pools
 from kvjax import statistics
-from kvjax.config import BLOCK, WorldModelConfig, require
+from kvjax.config import BLOCK, WorldModelConfig, require, require_count, require_type
 from kvjax.ops import hashing
 from kvjax.ops import window as windows
 from kvjax.pool import NO_SLOT
@@ -57,15 +57,18 @@ def init_store(
       A `Store` whose entries are windows [slots, C - 3, L, 2, H, D].
 
     Raises:
-      ValueError: a size below 1, a node pool smaller than a search, or an unknown policy.
+      TypeError: `config` is no `WorldModelConfig`.
+      ValueError: a size is not a positive integer, a node pool smaller than a search, or an unknown
+        policy.
     """
-    for name, size in {"num_envs": num_envs, "num_simulations": num_simulations}.items():
-        require(size >= 1, f"{name} must be at least 1, got {size}")
+    require_type("config", config, WorldModelConfig, "kvjax.WorldModelConfig")
+    num_envs = require_count("num_envs", num_envs)
+    num_simulations = require_count("num_simulations", num_simulations)
     search_size = num_simulations * num_envs
     if root_slots is None:
         root_slots = min(_MAX_ROOT_SLOTS, max(_MIN_ROOT_SLOTS, 2 * num_simulations))
-    if node_slots is None:
-        node_slots = search_size
+    root_slots = require_count("root_slots", root_slots)
+    node_slots = require_count("node_slots", search_size if node_slots is None else node_slots)
     require(
         node_slots >= search_size,
         f"node_slots {node_slots} cannot hold a search of {num_envs} environments and"
@@ -91,6 +94,24 @@ def init_store(
         latest=None if config.window.raw_size is None else jnp.full(num_envs, NO_SLOT),
         verify_keys=verify_keys,
     )
+
+
+def require_store(store: Store) -> None:
+    """Refuses what is no store, and one whose buffers are gone.
+
+    Raises:
+      TypeError: another type.
+      ValueError: the store was moved.
+    """
+    require_type("store", store, Store, "kvjax.init_store")
+    gone = is_deleted(store.counters)
+    require(not gone, "the store was moved by an earlier call: use the one that came back from it")
+
+
+def is_deleted(array: Any) -> bool:
+    """Whether an array was donated, so that it cannot be read any more."""
+    is_array = isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer)
+    return is_array and array.is_deleted()
 
 
 def num_envs(store: Store) -> int:
@@ -381,7 +402,12 @@ def count_padding(store: Store, length: jax.Array, rows: jax.Array) -> Store:
 
 
 def stats(store: Store) -> statistics.Statistics:
-    """The statistics of a store, on the host."""
+    """The statistics of a store, on the host.
+
+    Raises:
+      ValueError: the store was moved.
+    """
+    require_store(store)
     counted = statistics.Statistics(statistics.read(store.counters))
     for name, pool in {"roots": store.roots, "nodes": store.nodes}.items():
         counted[f"{name}_stored"] = int(np.sum(np.asarray(pools.is_live(pool))))

@@ -27,7 +27,14 @@ import jax.numpy as jnp
 
 from kvjax import own_token_search, step
 from kvjax import tree as trees
-from kvjax.config import BLOCK, SearchConfig, WorldModelConfig, require
+from kvjax.config import (
+    BLOCK,
+    SearchConfig,
+    WorldModelConfig,
+    require,
+    require_count,
+    require_type,
+)
 from kvjax.own_token_search import Tokens
 from kvjax.tree import CHILD, PRIOR, ROOT, UNVISITED, VALUE_SUM, VISITS, Q, Tree
 
@@ -68,8 +75,12 @@ def init_kept(config: WorldModelConfig, num_envs: int, search: SearchConfig) -> 
       `Kept` with edges [N, B, 6, A], tables [M, B, E] and windows [N, B, T].
 
     Raises:
-      ValueError: the search has no `kept_nodes`.
+      TypeError: an argument of another type.
+      ValueError: the search has no `kept_nodes`, or `num_envs` is not a positive integer.
     """
+    require_type("config", config, WorldModelConfig, "kvjax.WorldModelConfig")
+    require_type("search", search, SearchConfig, "kvjax.SearchConfig")
+    num_envs = require_count("num_envs", num_envs)
     _require_kept_nodes(search)
     return Kept(
         tree=trees.init(jnp.zeros((num_envs, config.num_actions)), search),

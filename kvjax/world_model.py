@@ -8,14 +8,13 @@ Shapes: E embedding size, L layers, H heads, D head size, A actions, S support b
 import dataclasses
 from typing import Any
 
-import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from kvjax import encoders
-from kvjax.config import WorldModelConfig
+from kvjax.config import WorldModelConfig, require_shape
 from kvjax.encoders import Normalise, layer_norm
 from kvjax.ops import attention, position
 from kvjax.ops import window as windows
@@ -233,14 +232,14 @@ def _apply(config: WorldModelConfig, params: Params, *args: Any, method: str) ->
 
 def encode(params: Params, observation: jax.Array, *, config: WorldModelConfig) -> jax.Array:
     """Observation [*observation_shape] to latent [E]; the identity for a model without encoder."""
-    chex.assert_shape(observation, config.observation_shape)
+    require_shape("observation", observation, config.observation_shape)
     latent: jax.Array = _apply(config, params, observation, method="encode")
     return latent
 
 
 def embed_action(params: Params, action: jax.Array, *, config: WorldModelConfig) -> jax.Array:
     """Action [] int32 in 0 .. A - 1 to its token [E]."""
-    chex.assert_rank(action, 0)
+    require_shape("action", action, ())
     token: jax.Array = _apply(config, params, action, method="embed_action")
     return token
 
@@ -266,8 +265,10 @@ def token_step(
     Returns:
       hidden [E] and the token's own keys and values [L, 2, H, D], ready for `append`.
     """
-    chex.assert_shape(token, config.latent_shape)
-    chex.assert_shape(window.kv, (config.context_length, *config.window.token_shape))
+    require_shape("token", token, config.latent_shape)
+    require_shape("window.kv", window.kv, (config.context_length, *config.window.token_shape))
+    if position is not None:
+        require_shape("position", position, ())
     hidden, kv_token = _apply(
         config, params, token, window, position, zero_keys, method="token_step"
     )
@@ -293,11 +294,12 @@ def sequence(
     Returns:
       hidden [T, E] and keys and values [T, L, 2, H, D].
     """
+    require_shape("tokens", tokens, ("T", *config.latent_shape))
     length = tokens.shape[0]
-    chex.assert_shape(tokens, (length, *config.latent_shape))
     positions = jnp.arange(length, dtype=jnp.int32) if positions is None else positions
     earlier = jnp.tril(jnp.ones((length, length), bool), k=-1) if earlier is None else earlier
-    chex.assert_shape([positions, earlier], [(length,), (length, length)])
+    require_shape("positions", positions, (length,))
+    require_shape("earlier", earlier, (length, length))
     hidden, kv = _apply(config, params, tokens, positions, earlier, method="sequence")
     return hidden, kv
 
@@ -306,6 +308,7 @@ def at_action(
     params: Params, hidden: jax.Array, *, config: WorldModelConfig
 ) -> tuple[jax.Array, jax.Array]:
     """Hidden state [E] of an action token to reward logits [S] and next latent [E]."""
+    require_shape("hidden", hidden, config.latent_shape)
     reward, latent = _apply(config, params, hidden, method="at_action")
     return reward, latent
 
@@ -314,6 +317,7 @@ def at_observation(
     params: Params, hidden: jax.Array, *, config: WorldModelConfig
 ) -> tuple[jax.Array, jax.Array]:
     """Hidden state [E] of an observation token to policy logits [A] and value logits [S]."""
+    require_shape("hidden", hidden, config.latent_shape)
     policy, value = _apply(config, params, hidden, method="at_observation")
     return policy, value
 

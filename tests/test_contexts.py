@@ -156,7 +156,7 @@ def test_other_modes_drop_their_contexts_and_go_on_from_the_next_observation(mod
 
 
 def test_a_state_of_another_kind():
-    with pytest.raises(TypeError, match="expected Contexts or a Store, got dict"):
+    with pytest.raises(TypeError, match="state must be Contexts or a Store, got dict"):
         on_params_update({}, random_params(SMALL), config=SMALL)
 
 

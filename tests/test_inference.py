@@ -594,10 +594,10 @@ def test_a_store_of_another_model():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_envs": 0}, "num_envs must be at least 1, got 0"),
-        ({"num_simulations": 0}, "num_simulations must be at least 1, got 0"),
+        ({"num_envs": 0}, "num_envs must be a positive integer, got 0"),
+        ({"num_simulations": 0}, "num_simulations must be a positive integer, got 0"),
         ({"node_slots": 14}, "node_slots 14 cannot hold a search of 3 environments and 5 simul"),
-        ({"root_slots": 0}, "num_slots must be at least 1, got 0"),
+        ({"root_slots": 0}, "root_slots must be a positive integer, got 0"),
         ({"eviction": "mru"}, "eviction must be one of fifo, lru, priority, got 'mru'"),
     ],
 )

@@ -273,5 +273,5 @@ def test_bad_search_configuration(change, message):
 
 
 def test_no_environments():
-    with pytest.raises(ValueError, match="num_envs must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="num_envs must be a positive integer, got 0"):
         init_contexts(SMALL, 0)

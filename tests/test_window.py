@@ -211,9 +211,11 @@ class BadInputTest(parameterized.TestCase):
             WindowConfig(**(fields | change))
 
     def test_append_of_a_token_of_another_shape(self):
-        with pytest.raises(AssertionError):
+        told = r"kv_token must have shape \[2, 2, 3, 4\], got \[2, 2, 3, 5\]"
+        with pytest.raises(ValueError, match=told):
             windows.append(window([]), jnp.zeros((2, 2, 3, 5)))
 
     def test_slide_with_a_correction_of_another_length(self):
-        with pytest.raises(AssertionError):
+        told = r"correction must have shape \[5, 2, 2, 3, 4\], got \[4, 2, 2, 3, 4\]"
+        with pytest.raises(ValueError, match=told):
             windows.slide(window([]), jnp.zeros((4, *SHAPE)))

@@ -3,9 +3,10 @@
 Shapes: C context_length in tokens, H heads, D head size.
 """
 
-import chex
 import jax
 import jax.numpy as jnp
+
+from kvjax.config import require_shape
 
 
 def attend(
@@ -28,9 +29,11 @@ def attend(
     Returns:
       [H, D].
     """
+    require_shape("query", query, ("H", "D"))
+    require_shape("valid", valid, ("C",))
     num_heads, head_dim = query.shape
-    chex.assert_shape(fresh, (2, num_heads, head_dim))
-    chex.assert_shape(cached, (valid.shape[0], 2, num_heads, head_dim))
+    require_shape("fresh", fresh, (2, num_heads, head_dim))
+    require_shape("cached", cached, (valid.shape[0], 2, num_heads, head_dim))
     cached = cached.astype(query.dtype)
     query = query / jnp.sqrt(head_dim).astype(query.dtype)
 

@@ -12,10 +12,11 @@ Shapes: E embedding size, K lanes of a key.
 from collections.abc import Sequence
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from kvjax.config import require_shape
 
 DIGEST_LANES = 4
 ENV_LANE = DIGEST_LANES
@@ -74,7 +75,7 @@ def digest(bits: jax.Array) -> jax.Array:
     Returns:
       [4] uint32.
     """
-    chex.assert_rank(bits, 1)
+    require_shape("bits", bits, ("N",))
     size = bits.shape[0]
     chunks, padding = -(-size // _CHUNK), -size % _CHUNK
     if chunks > 1:  # what is behind the last entry has no salt and counts nothing, as _mix(0) is 0
@@ -102,6 +103,7 @@ def latent_key(
     Returns:
       [6] uint32, or [6 + E] with `verify`.
     """
+    require_shape("latent", latent, ("E",))
     bits = canonical_bits(latent)
     return key(digest(bits), env_id, epoch, bits if verify else None)
 
@@ -111,6 +113,8 @@ def path_key(parent_key: jax.Array, action: jax.Array) -> jax.Array:
 
     Equal latents that were reached by different paths get different keys.
     """
+    require_shape("parent_key", parent_key, ("K",))
+    require_shape("action", action, ())
     lanes = parent_key[:DIGEST_LANES]
     digested = digest(jnp.append(lanes, action.astype(jnp.uint32)))
     rest = jnp.zeros_like(parent_key[KEY_LANES:])  # the path takes the latent's place
@@ -124,7 +128,9 @@ def key(
     latent_bits: jax.Array | None = None,
 ) -> jax.Array:
     """Assembles a key of a digest [4], an environment, an epoch and perhaps latent bits [E]."""
-    chex.assert_shape(digest_lanes, (DIGEST_LANES,))
+    require_shape("digest_lanes", digest_lanes, (DIGEST_LANES,))
+    for name, lane in {"env_id": env_id, "epoch": epoch}.items():
+        require_shape(name, lane, ())
     owner = [jnp.asarray(lane).astype(jnp.uint32)[None] for lane in (env_id, epoch)]
     tail = [] if latent_bits is None else [latent_bits]
     return jnp.concatenate([digest_lanes, *owner, *tail])
@@ -147,6 +153,7 @@ def integer_digests(keys: Sequence[int]) -> np.ndarray[Any, Any]:
 
 def bucket(key_lanes: jax.Array) -> jax.Array:
     """32 bits of a key, by which a pool files it: [K] uint32 -> [] uint32."""
+    require_shape("key_lanes", key_lanes, ("K",))
     folded = jnp.asarray(_GOLDEN)
     for lane in range(KEY_LANES):
         folded = _mix(folded ^ key_lanes[lane])

@@ -3,12 +3,11 @@
 Shapes: C context_length in tokens, E embedding size, L layers, H heads, D head size.
 """
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvjax.config import BLOCK
+from kvjax.config import BLOCK, require_shape
 
 
 def continue_table(table: jax.Array, length: int) -> jax.Array:
@@ -27,7 +26,7 @@ def continue_table(table: jax.Array, length: int) -> jax.Array:
     Raises:
       ValueError: a table of one row has no direction to go on in.
     """
-    chex.assert_rank(table, 2)
+    require_shape("table", table, ("max_tokens", "E"))
     beyond = length - table.shape[0]
     if beyond <= 0:
         return table[:length]
@@ -48,7 +47,8 @@ def project(table: jax.Array, kernels: jax.Array, num_heads: int) -> jax.Array:
     Returns:
       [C, L, 2, H, D].
     """
-    chex.assert_rank([table, kernels], [2, 4])
+    require_shape("table", table, ("C", "E"))
+    require_shape("kernels", kernels, ("L", 2, table.shape[1], "H * D"))
     projected = jnp.einsum("ce,lsef->clsf", table, kernels)
     return projected.reshape(*projected.shape[:-1], num_heads, -1)
 
@@ -62,7 +62,7 @@ def slide_correction(projected: jax.Array) -> jax.Array:
     Returns:
       [C - 3, L, 2, H, D]: `projected[0 : C-3] - projected[2 : C-1]`.
     """
-    chex.assert_rank(projected, 5)
+    require_shape("projected", projected, ("C", "L", 2, "H", "D"))
     full_length = projected.shape[0] - 1
     return projected[: full_length - BLOCK] - projected[BLOCK:full_length]
 
@@ -79,7 +79,7 @@ def rotation(position: jax.Array, head_dim: int, theta: float) -> jax.Array:
     Returns:
       [2, D / 2] float32: cosines, sines.
     """
-    chex.assert_rank(position, 0)
+    require_shape("position", position, ())
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     angles = position.astype(jnp.float32) * (1.0 / np.float32(theta) ** exponents)
     return jnp.stack([jnp.cos(angles), jnp.sin(angles)])
@@ -95,7 +95,8 @@ def rotate(heads: jax.Array, by: jax.Array) -> jax.Array:
     Returns:
       [H, D].
     """
-    chex.assert_rank([heads, by], [2, 2])
+    require_shape("heads", heads, ("H", "D"))
+    require_shape("by", by, (2, heads.shape[1] // 2))
     even, odd = heads[:, ::2], heads[:, 1::2]
     cos, sin = by.astype(heads.dtype)
     turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from kvjax.config import require
+
 _EPSILON = 1e-3
 """Slope of MuZero's value transform far from zero."""
 
@@ -31,8 +33,13 @@ def to_scalar(logits: jax.Array, support: tuple[int, int], axis: int = -1) -> ja
 
     Returns:
       [...].
+
+    Raises:
+      ValueError: another number of bins.
     """
     first, last = support
+    came = logits.shape[axis]
+    require(came == last - first + 1, f"support {support} has {last - first + 1} bins, got {came}")
     bins = jnp.arange(first, last + 1, dtype=logits.dtype)
     expectation = jnp.tensordot(jax.nn.softmax(logits, axis=axis), bins, axes=(axis, 0))
     return inverse_value_transform(expectation)

@@ -5,15 +5,13 @@ what some windows keep beside keys and values. In the drawings a letter is a
 token and a dot an empty (zero) slot.
 """
 
-import chex
 import jax
 import jax.numpy as jnp
 
-from kvjax.config import BLOCK, WindowConfig
+from kvjax.config import BLOCK, WindowConfig, require_shape
 from kvjax.types import AlignedWindow, Window
 
-_KV_RANK = 5
-_TOKEN_RANK = 4
+_KV = ("C", "L", 2, "H", "D")
 
 
 def init(config: WindowConfig) -> Window:
@@ -36,11 +34,13 @@ def init(config: WindowConfig) -> Window:
 
 def is_full(window: Window) -> jax.Array:
     """Whether the window has no free slot: [] bool. `append` leaves such a window unchanged."""
+    require_shape("window.kv", window.kv, _KV)
     return window.length >= window.kv.shape[0]
 
 
 def overflows(window: Window) -> jax.Array:
     """Whether the window has reached C - 1 tokens, where `slide` drops a block: [] bool."""
+    require_shape("window.kv", window.kv, _KV)
     return window.length >= window.kv.shape[0] - 1
 
 
@@ -58,13 +58,15 @@ def append(window: Window, kv_token: jax.Array, raw_token: jax.Array | None = No
       The longer window; the same window where `is_full`.
 
     Raises:
-      ValueError: a raw token is missing, or the window keeps none.
+      ValueError: a raw token is missing, or the window keeps none; a shape does not fit.
     """
     if (raw_token is None) != (window.raw is None):
         keeps, got = ("none", "one") if window.raw is None else ("raw tokens", "none")
         raise ValueError(f"the window keeps {keeps}, got {got} to append")
-    chex.assert_rank([window.kv, kv_token], [_KV_RANK, _TOKEN_RANK])
-    chex.assert_equal_shape_suffix([window.kv, kv_token], _TOKEN_RANK)
+    require_shape("window.kv", window.kv, _KV)
+    require_shape("kv_token", kv_token, window.kv.shape[1:])
+    if window.raw is not None:
+        require_shape("raw_token", raw_token, window.raw.shape[1:])
 
     def write(rows: jax.Array, row: jax.Array | None) -> jax.Array:
         rows = jnp.asarray(rows)
@@ -83,6 +85,7 @@ def valid_mask(window: Window | AlignedWindow) -> jax.Array:
     Window        [a b . .]         -> [1 1 0 0]
     AlignedWindow [. a b .] (pad 1) -> [0 1 1 0]
     """
+    require_shape("window.kv", window.kv, _KV)
     start = window.pad if isinstance(window, AlignedWindow) else 0
     slots = jnp.arange(window.kv.shape[0], dtype=jnp.int32)
     return (slots >= start) & (slots < start + window.length)
@@ -90,6 +93,8 @@ def valid_mask(window: Window | AlignedWindow) -> jax.Array:
 
 def where(condition: jax.Array, window: Window, other: Window) -> Window:
     """One window or the other: `condition` [] bool."""
+    require_shape("condition", condition, ())
+    require_shape("other.kv", other.kv, window.kv.shape)
     chosen: Window = jax.tree.map(lambda a, b: jnp.where(condition, a, b), window, other)
     return chosen
 
@@ -115,7 +120,7 @@ def right_align(window: Window, size: jax.Array | int | None = None) -> AlignedW
     Returns:
       `AlignedWindow` with pad `size - length`. A `size` below the length counts as the length.
     """
-    chex.assert_rank(window.kv, _KV_RANK)
+    require_shape("window.kv", window.kv, _KV)
     size = window.kv.shape[0] if size is None else size
     pad = jnp.maximum(jnp.asarray(size, jnp.int32) - window.length, 0)
     return AlignedWindow(kv=_shift(window.kv, pad), length=window.length, pad=pad)
@@ -126,7 +131,7 @@ def left_align(aligned: AlignedWindow) -> Window:
 
     [. a b .] -> [a b . .]
     """
-    chex.assert_rank(aligned.kv, _KV_RANK)
+    require_shape("aligned.kv", aligned.kv, _KV)
     return Window(kv=_shift(aligned.kv, -aligned.pad), length=aligned.length)
 
 
@@ -143,7 +148,8 @@ def trim_and_pad(windows: Window) -> AlignedWindow:
     Returns:
       `AlignedWindow` batch; `length + pad` is the same for all rows.
     """
-    chex.assert_rank([windows.kv, windows.length], [1 + _KV_RANK, 1])
+    require_shape("windows.kv", windows.kv, ("B", *_KV))
+    require_shape("windows.length", windows.length, windows.kv.shape[:1])
     return jax.vmap(right_align, in_axes=(0, None))(windows, jnp.max(windows.length))
 
 
@@ -173,12 +179,12 @@ def slide(window: Window, correction: jax.Array | None = None) -> Window:
       correction: [C - 3, L, 2, H, D], from `kvjax.ops.position.slide_correction`; slot i is added
         to the token that lands in slot i. None adds nothing (rotary positions).
     """
-    chex.assert_rank(window.kv, _KV_RANK)
+    require_shape("window.kv", window.kv, _KV)
     capacity, *token_shape = window.kv.shape
     full_length = capacity - 1
     kept_length = full_length - BLOCK
     if correction is not None:
-        chex.assert_shape(correction, (kept_length, *token_shape))
+        require_shape("correction", correction, (kept_length, *token_shape))
     moves = overflows(window)
 
     def shift(rows: jax.Array, added: jax.Array | None) -> jax.Array:
