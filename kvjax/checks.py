@@ -51,11 +51,8 @@ def validate_model(params: Params, config: WorldModelConfig) -> None:
 
 
 def _shape_at(params: Any, path: tuple[str, ...]) -> tuple[int, ...] | None:
-    try:
-        for name in path:
-            params = params[name]
-    except (KeyError, IndexError, TypeError):
-        return None
+    for name in path:
+        params = params.get(name) if isinstance(params, Mapping) else None
     return getattr(params, "shape", None)
 
 
@@ -89,9 +86,13 @@ def validate_key(rng: Any) -> None:
     dtype, shape = getattr(rng, "dtype", None), np.shape(rng)
     if dtype is None:
         raise TypeError(f"rng must be a PRNG key, got {describe(rng)}: jax.random.key makes one")
-    is_typed = jnp.issubdtype(dtype, jax.dtypes.prng_key)
-    if not (shape == () if is_typed else dtype == np.uint32 and len(shape) == 1):
+    if not (shape == () if _is_typed_key(dtype) else dtype == np.uint32 and len(shape) == 1):
         raise TypeError(f"rng must be one PRNG key, got {dtype} of shape {shape}")
+
+
+@functools.lru_cache
+def _is_typed_key(dtype: Any) -> bool:
+    return jnp.issubdtype(dtype, jax.dtypes.prng_key)
 
 
 def num_rows(latent: ArrayLike) -> int:

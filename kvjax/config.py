@@ -1,6 +1,7 @@
 """Static, hashable, validated configuration. What varies per call is an array."""
 
 import dataclasses
+import functools
 from collections.abc import Iterable
 from typing import Any, Literal, get_args
 
@@ -274,7 +275,7 @@ class WorldModelConfig:
             f"image_shape must be (channels, side, side), side one of {sides}, got {shape!r}",
         )
 
-    @property
+    @functools.cached_property
     def window(self) -> WindowConfig:
         """The window that this model reads and extends."""
         head_dim = self.embed_dim // self.num_heads
