@@ -10,6 +10,7 @@ Shapes: B rows, E embedding size, C context_length in tokens, P environments.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
