@@ -2,36 +2,45 @@
 
     python docs/make_errors.py
 
-It runs every test that expects an error and records the error that came.
+It runs every test that expects an error and records the error that came, and which function of
+kvjax was called.
 """
 
 import ast
+import itertools
 import os
 import re
 import sys
 import tempfile
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import pytest
+
+import kvjax
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "errors.md"
 HEAD = """# What bad input is told
 
-Every row is an error that a test provokes; `python docs/make_errors.py` writes this page from them.
+By what was called, the names of `kvjax` itself first. Every row is an error that a test provokes;
+`python docs/make_errors.py` writes this page from them.
 Errors of the command line look the same and come with exit code 2. Nothing here is repaired or
 ignored silently; what can only be known while a compiled program runs (an identifier on the device
 that is out of range, a full window, a model that answers NaN) comes back as a mask: `valid`, `hit`,
 `finite`, `is_full`.
+"""
+TABLE = """
+## {function}
 
 | error | message | test |
 |---|---|---|
 """
 MAX_MESSAGE = 240
 
-Row = tuple[str, str, str]
-"""Error type, message, test."""
+Row = tuple[str, str, str, str]
+"""What was called, error type, message, test."""
 
 
 class Recorder:
@@ -41,9 +50,12 @@ class Recorder:
         self.wanted = wanted
         self.rows: set[Row] = set()
 
-    def note(self, kind: str, message: str) -> None:
-        test = os.environ["PYTEST_CURRENT_TEST"].rpartition(" (")[0]
-        self.rows.add((kind, tidy(message), self.function(test)))
+    def note(self, error: BaseException) -> None:
+        called = entrance(error.__traceback__)
+        if called is not None:  # else it is somebody else's error
+            test = os.environ["PYTEST_CURRENT_TEST"].rpartition(" (")[0]
+            row = type(error).__name__, tidy(str(error)), self.function(test)
+            self.rows.add((called, *row))
 
     def function(self, test: str) -> str:
         """A test's id without its parameters, which unittest's classes write as a number."""
@@ -66,10 +78,28 @@ class Recorder:
             def __exit__(self, kind: Any, value: Any, trace: Any) -> Any:
                 caught = self._inner.__exit__(kind, value, trace)
                 if caught and issubclass(kind, Exception):  # neither exits nor interrupts
-                    recorder.note(kind.__name__, str(value))
+                    recorder.note(value)
                 return caught
 
         pytest.raises = Raises  # type: ignore[misc, assignment]
+
+
+def entrance(trace: TracebackType | None) -> str | None:
+    """The function or class of kvjax through which a test came to an error; None if through none.
+
+    What `kvjax` itself has is called by that name.
+    """
+    package = ROOT / "kvjax"
+    while trace is not None:
+        code, path = trace.tb_frame.f_code, Path(trace.tb_frame.f_code.co_filename)
+        trace = trace.tb_next
+        if path.is_relative_to(package):
+            name = re.sub(r"\.(__\w+__|<.*)", "", code.co_qualname)
+            if name in kvjax.__all__:
+                return f"kvjax.{name}"
+            module = path.relative_to(ROOT).with_suffix("").parts
+            return ".".join((*(part for part in module if part != "__init__"), name))
+    return None
 
 
 def tidy(message: str) -> str:
@@ -96,7 +126,7 @@ def tests_with_errors(path: Path) -> list[str]:
 
 
 def collect(paths: list[Path]) -> list[Row]:
-    """Runs those tests and returns what they recorded, sorted by test and message."""
+    """Runs those tests and returns what they recorded, sorted by function, test and message."""
     ids = [name for path in paths for name in tests_with_errors(path)]
     files = sorted({name.partition("::")[0] for name in ids})
     recorder = Recorder(set(ids))
@@ -105,18 +135,26 @@ def collect(paths: list[Path]) -> list[Row]:
     )
     if status:
         raise SystemExit(int(status))
-    return sorted(recorder.rows, key=lambda row: (row[2], row[1]))
+    return sorted(recorder.rows, key=lambda row: (row[0].count("."), row[0], row[3], row[2]))
 
 
-def lines(rows: list[Row]) -> list[str]:
-    """Rows of the page's table."""
-    return [f"| {kind} | {message} | `{test}` |" for kind, message, test in rows]
+def line(row: Row) -> str:
+    """A row of the page's tables."""
+    _, kind, message, test = row
+    return f"| {kind} | {message} | `{test}` |"
+
+
+def page(rows: list[Row]) -> str:
+    """The whole page: a table for each function."""
+    text = HEAD
+    for function, group in itertools.groupby(rows, key=lambda row: row[0]):
+        text += TABLE.format(function=function) + "\n".join(map(line, group)) + "\n"
+    return text
 
 
 if __name__ == "__main__":
     os.chdir(ROOT)
     if sys.argv[1:]:  # some files, to standard output
-        print("\n".join(lines(collect([ROOT / name for name in sys.argv[1:]]))))
+        print("\n".join(map(line, collect([ROOT / name for name in sys.argv[1:]]))))
     else:
-        table = lines(collect(sorted((ROOT / "tests").glob("test_*.py"))))
-        PAGE.write_text(HEAD + "\n".join(table) + "\n")
+        PAGE.write_text(page(collect(sorted((ROOT / "tests").glob("test_*.py")))))

@@ -114,7 +114,8 @@ def public():
 
 
 SHAPE = re.compile(r"\[[^\]\n]*\]")
-NO_ARRAYS = {"CacheMissError", "SearchConfig", "WindowConfig", "WorldModelConfig", "stats"}
+ERRORS_OF_A_STORE = {"CacheMissError", "StepInterrupt", "StoreFullError"}
+NO_ARRAYS = {*ERRORS_OF_A_STORE, "SearchConfig", "WindowConfig", "WorldModelConfig", "stats"}
 
 
 @pytest.mark.parametrize("item", public())
