@@ -14,6 +14,7 @@ from kvjax.inference import (
 from kvjax.params_update import on_params_update
 from kvjax.rollout import rollout
 from kvjax.search import prepare, search
+from kvjax.serialization import register as _register
 from kvjax.store import init_store, stats
 from kvjax.subtree import Kept, init_kept
 from kvjax.types import (
@@ -28,6 +29,8 @@ from kvjax.types import (
 )
 
 __version__ = "0.1.0"
+
+_register()
 
 __all__ = [
     "AlignedWindow",

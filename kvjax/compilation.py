@@ -2,10 +2,12 @@
 
 import functools
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import get_opaque_trace_state
 
 _SMALL_OPERATIONS = {
     "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
@@ -56,22 +58,18 @@ class jit_small_operations:  # noqa: N801  (used like jax.jit)
         self._plain = self._jit()
         self._tuned: dict[bool, Any] = {}
 
-    def _program(self, args: Any, kwargs: Any) -> Any:
+    def _program(self, kwargs: Any) -> Any:
         """JAX takes compiler options only where it compiles."""
-        if not on_cpu() or self._is_inside((args, kwargs)):
+        if not on_cpu() or (self._nested and is_traced()):
             return self._plain
         one_thread = self._one_thread(**kwargs)
         if one_thread not in self._tuned:
             self._tuned[one_thread] = self._jit(compiler_options=known_options(one_thread))
         return self._tuned[one_thread]
 
-    def _is_inside(self, arguments: Any) -> bool:
-        leaves = jax.tree.leaves(arguments) if self._nested else ()
-        return any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
-
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the function."""
-        return self._program(args, kwargs)(*args, **kwargs)
+        return self._program(kwargs)(*args, **kwargs)
 
     def _cache_size(self) -> int:
         """As of a jitted function; what was compiled as a part of other programs does not count."""
@@ -79,7 +77,22 @@ class jit_small_operations:  # noqa: N801  (used like jax.jit)
 
     def lower(self, *args: Any, **kwargs: Any) -> Any:
         """As of a jitted function."""
-        return self._program(args, kwargs).lower(*args, **kwargs)
+        return self._program(kwargs).lower(*args, **kwargs)
+
+
+def is_traced() -> bool:
+    """Whether jax follows what is computed now, as a part of a larger program or a transformation.
+
+    The arguments do not tell: a function may close over all that it reads.
+    """
+    return bool(get_opaque_trace_state() != _untraced())
+
+
+@functools.cache
+def _untraced() -> Any:
+    """The state of a thread in which nothing is followed, whatever happens in this one."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(get_opaque_trace_state).result()
 
 
 @functools.cache

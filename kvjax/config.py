@@ -24,8 +24,18 @@ WINDOW_MODES: tuple[WindowMode, ...] = get_args(WindowMode)
 MAX_SIMULATIONS = 2**24 - 1
 """A tree holds no more: its node indices are exact in float32."""
 
+MAX_FLOAT32 = (2 - 2**-23) * 2.0**127
+"""The largest finite number of float32."""
+
 Tree = Literal["lightzero", "muzero", "gumbel"]
 TREES = ("lightzero", "muzero", "gumbel")
+_UNREAD: dict[Tree, tuple[str, ...]] = {
+    "lightzero": (),
+    "muzero": (),
+    "gumbel": ("temperature", "dirichlet_alpha", "pb_c_init", "pb_c_base"),
+}
+"""Fields of a `SearchConfig` that a tree has no use for, `kept_nodes` left out."""
+
 Layout = Literal["0.2.0", "main"]
 Norm = Literal["simnorm", "layernorm"]
 
@@ -315,9 +325,12 @@ class SearchConfig:
     proportionally to `visits ** (1 / temperature)`. `noise_fraction` 0 means no root noise.
     `kept_nodes` is how many nodes below the action that was taken the next search begins with, at
     most; 0, as in LightZero, begins each search anew. See `kvjax.subtree`.
+    "gumbel" reads of the noise only whether there is any, and has no use for `temperature`,
+    `dirichlet_alpha`, `pb_c_init` and `pb_c_base`.
+    Searches that differ in temperature and discount alone share one compiled program.
 
     Raises:
-      ValueError: a value lies outside its range.
+      ValueError: a value lies outside its range, or the tree has no use for it.
     """
 
     num_simulations: int = 25
@@ -345,6 +358,11 @@ class SearchConfig:
         require(base > 0.0, f"pb_c_base must be above 0, got {base}")
         temperature = self.temperature
         require(temperature >= 0.0, f"temperature must be at least 0, got {temperature}")
+        require(
+            temperature <= MAX_FLOAT32,
+            f"temperature must be at most {MAX_FLOAT32:.4g}, got {temperature}",
+        )
+        self._check_unread()
 
     def _check_size(self) -> None:
         simulations, kept = self.num_simulations, self.kept_nodes
@@ -365,6 +383,15 @@ class SearchConfig:
             f'kept_nodes needs tree "lightzero", got {kept} with tree "{self.tree}": mctx begins'
             " each search anew",
         )
+
+    def _check_unread(self) -> None:
+        for name in _UNREAD[self.tree]:
+            value, default = getattr(self, name), getattr(SearchConfig, name)
+            require(
+                value == default,
+                f'{name} must be {default} with tree "{self.tree}", which does not read it, got'
+                f" {value!r}",
+            )
 
     @property
     def num_nodes(self) -> int:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvjax import step, world_model
+from kvjax import loops, meshes, step, world_model
 from kvjax.checks import ArrayLike, validate_contexts, validate_model, validate_range
 from kvjax.config import WorldModelConfig, require, require_count, require_type
 from kvjax.ops import window as windows
@@ -29,7 +29,8 @@ def init_contexts(config: WorldModelConfig, num_envs: int) -> Contexts:
     """
     require_type("config", config, WorldModelConfig, "kvjax.WorldModelConfig")
     num_envs = require_count("num_envs", num_envs)
-    window = jax.vmap(lambda _: windows.init(config.window))(jnp.arange(num_envs))
+    empty = windows.init(config.window)
+    window = jax.tree.map(lambda x: jnp.zeros((num_envs, *x.shape), x.dtype), empty)
     return Contexts(window=window, timestep=jnp.full((num_envs,), -1, jnp.int32))
 
 
@@ -95,10 +96,12 @@ def replay(
         arrays hold values out of range.
     """
     validate_model(params, config)
-    observation, action, length = np.asarray(observation), np.asarray(action), np.asarray(length)
+    observation, action, length = (
+        x if isinstance(x, jax.Array) else np.asarray(x) for x in (observation, action, length)
+    )
     require(action.ndim == 2, f"action must have shape [B, T], got {action.shape}")
     for name, value in {"action": action, "length": length}.items():
-        is_integer = np.issubdtype(value.dtype, np.integer)
+        is_integer = jnp.issubdtype(value.dtype, np.integer)
         require(is_integer, f"{name} must be integers, got {value.dtype}")
     rows, steps = action.shape
     expected = {
@@ -117,9 +120,9 @@ def replay(
     contexts, policy, value = _replay(
         params,
         contexts,
-        jnp.asarray(observation),
-        jnp.asarray(action, jnp.int32),
-        jnp.asarray(length, jnp.int32),
+        observation.astype(jnp.float32),
+        action.astype(jnp.int32),
+        length.astype(jnp.int32),
         config=config,
     )
     return contexts, policy, value
@@ -127,6 +130,24 @@ def replay(
 
 @functools.partial(jax.jit, static_argnames=("config",))
 def _replay(
+    params: Params,
+    contexts: Contexts,
+    observation: jax.Array,
+    action: jax.Array,
+    length: jax.Array,
+    *,
+    config: WorldModelConfig,
+) -> tuple[Contexts, jax.Array, jax.Array]:
+    def run(*arguments: Any) -> Any:
+        return _take_steps(*arguments, config=config)
+
+    rows = jax.sharding.PartitionSpec(meshes.rows_of(length))
+    arguments = params, contexts, observation, action, length
+    result: tuple[Contexts, jax.Array, jax.Array] = meshes.run_automatic(run, arguments, rows)
+    return result
+
+
+def _take_steps(
     params: Params,
     contexts: Contexts,
     observation: jax.Array,
@@ -149,10 +170,10 @@ def _replay(
         return jax.tree.map(keep, moved, state), None
 
     steps = action.shape[1]
-    history = jnp.arange(steps), jnp.moveaxis(observation, 1, 0), action.T
+    history = jnp.arange(steps, dtype=jnp.int32), jnp.moveaxis(observation, 1, 0), action.T
     step_of = functools.partial(advance, params, correction, contexts, config=config)
     _, *outputs = jax.eval_shape(step_of, observation[:, 0], action[:, 0])
     policy, value = (jnp.zeros(x.shape, x.dtype) for x in outputs)
     start = contexts, policy, value
-    result: tuple[Contexts, jax.Array, jax.Array] = jax.lax.scan(one_step, start, history)[0]
+    result: tuple[Contexts, jax.Array, jax.Array] = loops.scan(one_step, start, history)[0]
     return result

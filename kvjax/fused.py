@@ -25,6 +25,9 @@ from kvjax.encoders import EPSILON
 from kvjax.ops import position
 from kvjax.types import Params
 
+_UNROLLED = 32
+"""The largest SimNorm group that is written out, which is faster; it takes time to compile."""
+
 Cached = tuple[tuple[jax.Array, jax.Array], ...]
 """Keys and values [B, T, E] of each layer."""
 Fresh = tuple[jax.Array, ...]
@@ -110,7 +113,7 @@ def _affine(norm: Params) -> Linear:
 def _reading(dense: Params, norm: Params) -> Linear:
     """A dense layer behind a LayerNorm, whose scale and shift it takes over."""
     weight = dense["kernel"].T
-    return Linear(weight * norm["scale"], weight @ norm["bias"] + dense["bias"])
+    return Linear(weight * norm["scale"][None], weight @ norm["bias"] + dense["bias"])
 
 
 def _writing(dense: Params) -> Linear:
@@ -222,7 +225,7 @@ def sequence(folded: Folded, x: jax.Array, *, config: WorldModelConfig) -> Cache
     for block in folded.blocks:
         query, key, value = _apply(block.qkv, x, _rstd(x)).reshape(heads)  # [H, D, B, T] each
         scores = jnp.einsum("hdbq,hdbk->bhqk", query, key)
-        weights = jax.nn.softmax(jnp.where(causal, scores, -jnp.inf), axis=-1)
+        weights = jax.nn.softmax(jnp.where(causal[None, None], scores, -jnp.inf), axis=-1)
         read = jnp.einsum("bhqk,hdbk->hdbq", weights, value).reshape(embed_dim, -1)
         x = x + _apply(block.projection, read)
         x = x + _apply(block.contract, jax.nn.gelu(_apply(block.expand, x, _rstd(x))))
@@ -295,8 +298,10 @@ def at_observation(folded: Folded, x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _simnorm(x: jax.Array, group: int) -> jax.Array:
-    """Softmax over groups of rows of [E, B]; the few entries of a group are unrolled."""
+    """Softmax over groups of rows of [E, B]; the few entries of a usual group are unrolled."""
     grouped = x.reshape(-1, group, x.shape[-1])
+    if group > _UNROLLED:
+        return jax.nn.softmax(grouped, axis=1).reshape(x.shape)
     largest = grouped[:, 0]
     for entry in range(1, group):
         largest = jnp.maximum(largest, grouped[:, entry])

@@ -77,7 +77,7 @@ def _push(
     rows, capacity = window.kv.shape[:2]
     kv = window.kv.astype(jnp.float32).reshape(rows, capacity, config.num_layers, 2, -1)
     cached = tuple((kv[:, :, layer, 0], kv[:, :, layer, 1]) for layer in range(config.num_layers))
-    valid = jnp.arange(capacity) < window.length[:, None]
+    valid = jnp.arange(capacity, dtype=jnp.int32)[None] < window.length[:, None]
     x = fused.place(folded, fused.embed_latent(token.T), window.length)
     x, own = fused.token_step(folded, x, cached, valid, (), rotation, config=config)
     kv_token = jnp.stack(own, axis=1).reshape(rows, *config.window.token_shape)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvjax import interrupts, step, world_model
+from kvjax import interrupts, loops, step, world_model
 from kvjax import pool as pools
 from kvjax import store as stores
 from kvjax.checks import ArrayLike, num_rows, validate_batch, validate_model, validate_range
@@ -420,7 +420,7 @@ def _with_context(
         push = functools.partial(step.observe, params, config=config)
         return jax.vmap(lambda x, t: push(windows.init(config.window), x, t))(latent, timestep)
 
-    rebuilt = jax.lax.cond(jnp.any(missed), alone, lambda unchanged: unchanged, window)
+    rebuilt = loops.cond(jnp.any(missed), alone, lambda unchanged: unchanged, window)
     return jax.vmap(windows.where)(missed, rebuilt, window)
 
 
@@ -445,7 +445,7 @@ def _recall(
         newest = jax.vmap(recall)(stores.latest_roots(store, env_id), last_latent)
         return jax.vmap(windows.where)(missed, newest, window)
 
-    result: Window = jax.lax.cond(jnp.any(missed), recalled, lambda: window)
+    result: Window = loops.cond(jnp.any(missed), recalled, lambda: window)
     return result
 
 

@@ -12,13 +12,16 @@ import jax.numpy as jnp
 import mctx
 import numpy as np
 
-from kvjax import step
-from kvjax.config import SearchConfig, WorldModelConfig
+from kvjax import loops, step
+from kvjax.config import SearchConfig, WorldModelConfig, require
 from kvjax.ops import support
-from kvjax.types import Contexts, Params, SearchOutput, Window
+from kvjax.types import Contexts, Dials, Params, SearchOutput, Window
 
 _NEVER = float(np.finfo(np.float32).min)
 """Policy logit of an illegal action."""
+
+_COLDEST = float(np.finfo(np.float32).tiny)
+"""Temperatures below are 0 to a processor that knows no smaller numbers."""
 
 _MIN_RANGE = 0.01
 """Q values closer together than this are not blown up to a range of 1 (LightZero's constant)."""
@@ -41,6 +44,7 @@ def run(
     root_value: jax.Array,
     legal: jax.Array,
     correction: jax.Array | None,
+    dials: Dials,
     config: WorldModelConfig,
     search: SearchConfig,
 ) -> SearchOutput:
@@ -52,7 +56,16 @@ def run(
       root_value: [B].
       legal: [B, A] bool.
       correction: [C - 3, L, 2, H, D] or None, from `world_model.slide_correction`.
+      dials: in place of the search's.
+
+    Raises:
+      ValueError: inside a `shard_map` that keeps account of what differs between devices.
     """
+    require(
+        not loops.varies(contexts),
+        f'tree "{search.tree}" needs shard_map(check_vma=False): the loops of mctx begin with'
+        " constants, which that check refuses",
+    )
     finite = all_finite(policy, root_value)
     policy = jnp.where(legal, policy, _NEVER)
     embedding = _Node(contexts.window, jnp.zeros_like(contexts.timestep))
@@ -62,7 +75,7 @@ def run(
         "params": params,
         "rng_key": search_rng,
         "root": root,
-        "recurrent_fn": _recurrent_fn(contexts.timestep, correction, config, search.discount),
+        "recurrent_fn": _recurrent_fn(contexts.timestep, correction, config, dials.discount),
         "num_simulations": search.num_simulations,
         "invalid_actions": ~legal,
         "max_depth": search.max_depth,
@@ -81,7 +94,7 @@ def run(
             pb_c_base=search.pb_c_base,
         )
         counts = result.search_tree.summary().visit_counts
-        action = choose(action_rng, counts, legal, search.temperature)
+        action = choose(action_rng, counts, legal, dials.temperature)
     summary = result.search_tree.summary()
     return SearchOutput(
         action=action,
@@ -91,7 +104,8 @@ def run(
         prior=jax.nn.softmax(policy),
         network_value=root_value,
         mean_depth=_mean_depth(result.search_tree),
-        finite=finite & all_finite(summary.value, summary.qvalues),
+        finite=finite & all_finite(summary.value, summary.qvalues) & jnp.any(legal, axis=1),
+        action_weights=result.action_weights,
     )
 
 
@@ -111,7 +125,7 @@ def _mean_depth(tree: Any) -> jax.Array:
         nodes = parents.shape[0]
         start = jnp.zeros(nodes, jnp.int32)
         depths: jax.Array = jax.lax.fori_loop(1, nodes, step_down, start)
-        return jnp.sum(depths) / (nodes - 1)
+        return jnp.sum(depths).astype(jnp.float32) / (nodes - 1)
 
     return jax.vmap(one_row)(tree.parents)
 
@@ -120,7 +134,7 @@ def _recurrent_fn(
     timestep: jax.Array,
     correction: jax.Array | None,
     config: WorldModelConfig,
-    discount: float,
+    discount: jax.Array,
 ) -> mctx.RecurrentFn:
     """The model as mctx sees it."""
 
@@ -170,11 +184,38 @@ def _normalise_over_tree(tree: Any, node: jax.Array) -> jax.Array:
 
 
 def choose(
-    rng: jax.Array, visit_counts: jax.Array, legal: jax.Array, temperature: float
+    rng: jax.Array, visit_counts: jax.Array, legal: jax.Array, temperature: jax.Array | float
 ) -> jax.Array:
-    """The most visited legal action, the first on ties; or a sample of the visits: [B] int32."""
+    """The most visited legal action, the first on ties; or a sample of the visits: [B] int32.
+
+    At a temperature above 0 an action is drawn in proportion to `visits ** (1 / temperature)`, and
+    only one that is legal and was visited; where none was, all legal ones are alike.
+
+    Args:
+      rng: a JAX PRNG key, for the sample.
+      visit_counts: [B, A] int32.
+      legal: [B, A] bool.
+      temperature: [], at least 0. Below float32's smallest normal number it counts as 0.
+    """
     counts = jnp.where(legal, visit_counts, -1)
-    if temperature == 0.0:
+    temperature = jnp.asarray(temperature, jnp.float32)
+
+    def most_visited() -> jax.Array:
         return jnp.argmax(counts, axis=-1).astype(jnp.int32)
-    logits = jnp.where(counts > 0, jnp.log(counts), -jnp.inf) / temperature
-    return jax.random.categorical(rng, logits).astype(jnp.int32)
+
+    def sample() -> jax.Array:
+        visited = counts > 0
+        chosen = jnp.where(jnp.any(visited, axis=-1, keepdims=True), visited, legal)
+        logs = jnp.log(jnp.maximum(counts, 1).astype(jnp.float32))
+        below = logs - jnp.max(logs, axis=-1, keepdims=True)  # 0 at the top, however divided
+        logits = jnp.where(chosen, below / temperature, -jnp.inf)
+        return jax.random.categorical(rng, logits).astype(jnp.int32)
+
+    action: jax.Array = loops.cond(temperature < _COLDEST, most_visited, sample)
+    return action
+
+
+def visit_shares(visit_counts: jax.Array) -> jax.Array:
+    """Each action's share of its row's visits: [B, A]; zeros where there are none."""
+    counts = visit_counts.astype(jnp.float32)
+    return counts / jnp.maximum(jnp.sum(counts, axis=-1, keepdims=True), 1.0)

@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kvjax import fused, fused_step
+from kvjax import fused, fused_step, loops
 from kvjax import tree as trees
 from kvjax.config import BLOCK, SearchConfig, WorldModelConfig
 from kvjax.fused import Cached, Folded, Fresh
@@ -63,17 +63,22 @@ def init_tokens(folded: Folded, window: Window, config: WorldModelConfig, nodes:
         held = [raw - jnp.mean(raw, axis=-1, keepdims=True)]
     else:
         kv = window.kv[:, :kept].astype(jnp.float32)
-        held = _parts(kv if folded.projected is None else kv - folded.projected[:kept])
-    valid = (jnp.arange(kept) < window.length[:, None])[..., None]
+        held = _parts(kv if folded.projected is None else kv - folded.projected[None, :kept])
+    valid = (_slots(kept) < window.length[:, None])[..., None]
     empty = empty_tokens(config, rows, nodes)
     return Tokens(
         tables=tuple(
             table.at[:kept].set(jnp.moveaxis(jnp.where(valid, part, 0.0), 0, 1).astype(table.dtype))
             for table, part in zip(empty.tables, held, strict=True)
         ),
-        slots=empty.slots.at[trees.ROOT].set(jnp.arange(kept)),
+        slots=empty.slots.at[trees.ROOT].set(_slots(kept)),
         length=empty.length.at[trees.ROOT].set(window.length),
     )
+
+
+def _slots(kept: int) -> jax.Array:
+    """Numbers of a stored window's slots: [1, T] int32."""
+    return jnp.arange(kept, dtype=jnp.int32)[None]
 
 
 def _parts(kv: jax.Array) -> list[jax.Array]:
@@ -92,16 +97,16 @@ def read(
       Keys and values [B, T, E] of each layer, slots [B, T], lengths [B], valid slots [B, T] bool.
     """
     rows, kept = node.shape[0], tokens.slots.shape[-1]
-    every_row = jnp.arange(rows)
+    every_row = jnp.arange(rows, dtype=jnp.int32)
     slots, length = tokens.slots[node, every_row], tokens.length[node, every_row]
     held = [table[slots, every_row[:, None]].astype(jnp.float32) for table in tokens.tables]
-    valid = jnp.arange(kept) < length[:, None]
+    valid = _slots(kept) < length[:, None]
     if config.window_mode == "rebuild":
         cached = fused.sequence(folded, jnp.moveaxis(held[0], -1, 0), config=config)
         return cached, slots, length, valid
     if folded.projected is not None:
         added = _parts(folded.projected[:kept])
-        held = [part + at for part, at in zip(held, added, strict=True)]
+        held = [part + at[None] for part, at in zip(held, added, strict=True)]
     return tuple(zip(held[0::2], held[1::2], strict=True)), slots, length, valid
 
 
@@ -128,7 +133,7 @@ def write(
     else:
         start = jnp.where(overflows, kept - BLOCK, length[:, None])
         shifted = jnp.where(overflows, jnp.roll(slots, -BLOCK, axis=1), slots)
-    offset = jnp.arange(kept) - start
+    offset = _slots(kept) - start
     extended = jnp.where((offset >= 0) & (offset < BLOCK), first + offset, shifted)
     node = simulation + 1
     update = jax.lax.dynamic_update_slice_in_dim
@@ -147,20 +152,26 @@ def run(
     tree: Tree,
     tokens: Tokens,
     timestep: jax.Array,
+    discount: jax.Array,
     config: WorldModelConfig,
     search: SearchConfig,
 ) -> tuple[Tree, Tokens]:
-    """Grows all trees by the search's simulations; `timestep` [B] is that of their roots."""
+    """Grows all trees by the search's simulations.
+
+    Args:
+      timestep: [B] int32 of the roots.
+      discount: [] of a step, in place of the search's.
+    """
 
     def simulate(simulation: jax.Array, state: Any) -> Any:
         tree, tokens, path = state
         path = trees.select(tree, search, path)
-        grown = _grow(folded, tree, tokens, path, simulation, timestep, config, search)
+        grown = _grow(folded, tree, tokens, path, simulation, timestep, discount, config)
         return *grown, path
 
     first, last = search.kept_nodes, search.num_nodes - 1
     start = tree, tokens, trees.nowhere(timestep.shape[0], search)
-    tree, tokens, _ = jax.lax.fori_loop(first, last, simulate, start)
+    tree, tokens, _ = loops.fori_loop(first, last, simulate, start)
     return tree, tokens
 
 
@@ -171,8 +182,8 @@ def _grow(
     path: Path,
     simulation: jax.Array,
     timestep: jax.Array,
+    discount: jax.Array,
     config: WorldModelConfig,
-    search: SearchConfig,
 ) -> tuple[Tree, Tokens]:
     """Makes node `simulation + 1`: imagines a step from each path's end, backs its value up."""
     parent, action = path.leaf()
@@ -194,7 +205,7 @@ def _grow(
     reward, value = (support.to_scalar(x, config.support, axis=0) for x in (reward, value))
     prior = trees.softmax(policy.T)
     value = jnp.where(jnp.isnan(prior[:, 0]), jnp.nan, value)  # so that the root's value tells
-    return trees.expand(tree, path, simulation + 1, reward, value, prior, search), tokens
+    return trees.expand(tree, path, simulation + 1, reward, value, prior, discount), tokens
 
 
 def _bare_blocks(
@@ -209,7 +220,7 @@ def _bare_blocks(
     slot = length + 1
     if config.window_mode == "reset":
         overflows = length == config.window.kept_length
-        second = jax.lax.cond(
+        second = loops.cond(
             jnp.any(overflows),
             lambda: [
                 jnp.where(overflows[:, None], alone, part)

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvjax import types
+from kvjax import loops, types
 from kvjax.config import require_count, require_one_of, require_shape
 from kvjax.ops import hashing
 from kvjax.types import Pool
@@ -142,7 +142,7 @@ def _walk(pool: Pool, key: jax.Array, segment: jax.Array) -> tuple[jax.Array, ja
         return jnp.where(found, slot, record[NEXT]), found, false_match | (same_bucket & ~found)
 
     start = pool.heads[_head(pool, bucket, segment)], jnp.array(False), jnp.array(False)
-    slot, _, false_match = jax.lax.while_loop(not_there_yet, follow, start)
+    slot, _, false_match = loops.while_loop(not_there_yet, follow, start)
     return slot, false_match
 
 
@@ -165,14 +165,14 @@ def touch(pool: Pool, slot: jax.Array) -> Pool:
         hit = slot[row] != NO_SLOT
         index = jnp.where(hit, slot[row], total_slots(pool))
         segment = jnp.where(hit, slot[row], 0) // num_slots(pool)
-        clock = pool.segments[segment, CLOCK] + hit
+        clock = pool.segments[segment, CLOCK] + hit.astype(jnp.uint32)
         return _replace(
             pool,
             records=pool.records.at[index, RANK].set(clock),
             segments=pool.segments.at[segment, CLOCK].set(clock),
         )
 
-    renewed: Pool = jax.lax.fori_loop(0, slot.shape[0], renew, pool)
+    renewed: Pool = loops.fori_loop(0, slot.shape[0], renew, pool)
     return renewed
 
 
@@ -226,9 +226,10 @@ def add(
 
     nowhere = jnp.full(num_rows, total_slots(pool), jnp.uint32)
     start = _replace(pool, entries=None), nowhere, jnp.zeros(num_rows, bool)
-    filed, slots, evicted = jax.lax.fori_loop(0, num_rows, store, start)
-    later = jnp.arange(num_rows)[:, None] < jnp.arange(num_rows)
-    overwritten = jnp.any(later & (slots[:, None] == slots), axis=1)
+    filed, slots, evicted = loops.fori_loop(0, num_rows, store, start)
+    row = jnp.arange(num_rows, dtype=jnp.int32)
+    later = row[:, None] < row[None]
+    overwritten = jnp.any(later & (slots[:, None] == slots[None]), axis=1)
     target = jnp.where(overwritten, total_slots(pool), slots)
     stored = jax.tree.map(
         lambda table, rows: table.at[target].set(rows, mode="drop"), pool.entries, entries
@@ -240,9 +241,9 @@ def add(
 
 def _earlier_twin(keys: jax.Array, segments: jax.Array, valid: jax.Array) -> jax.Array:
     """For each row the last valid row before it with its key and segment, else -1: [B] int32."""
-    rows = jnp.arange(keys.shape[0])
-    same = jnp.all(keys[:, None] == keys, axis=2) & (segments[:, None] == segments)
-    before = same & valid & (rows < rows[:, None])
+    rows = jnp.arange(keys.shape[0], dtype=jnp.int32)[None]
+    same = jnp.all(keys[:, None] == keys[None], axis=2) & (segments[:, None] == segments[None])
+    before = same & valid[None] & (rows < rows.T)
     return jnp.max(jnp.where(before, rows, -1), axis=1)
 
 
@@ -295,7 +296,7 @@ def _claim(pool: Pool, request: _Request, *, may_evict: bool) -> tuple[Pool, jax
     updates the tables in place instead of copying them.
     """
     make = _plan if may_evict else _plan_where_there_is_room
-    plan = jax.lax.cond(request.valid, make, _no_plan, pool, request)
+    plan = loops.cond(request.valid, make, _no_plan, pool, request)
     width = pool.records.shape[1]
     places = plan.slot * np.uint32(width) + jnp.arange(width, dtype=jnp.uint32)
     places = jnp.concatenate([plan.links[:, 0], places])
@@ -346,12 +347,12 @@ def _plan(pool: Pool, request: _Request) -> _Plan:
     first = jnp.where(known, sentinel, first)
     after_place = jnp.where(after == first, sentinel, after)  # the first's link is written below
 
-    clock = state[CLOCK] + 1
+    clock, is_new = state[CLOCK] + 1, (~known).astype(jnp.uint32)
     rank = {"fifo": jnp.where(known, old[RANK], clock), "lru": clock, "priority": request.rank}
     chain = jnp.where(known, old[: NEXT + 1], jnp.stack([sentinel, first]))
-    generation = jnp.maximum(old[GENERATION] + ~known, 1)  # after 2**32 keys it begins at 1 again
+    generation = jnp.maximum(old[GENERATION] + is_new, 1)  # after 2**32 keys it begins at 1 again
     filed = jnp.stack([bucket, rank[pool.eviction], generation])
-    cursor = (state[CURSOR] + ~known) % np.uint32(num_slots(pool))
+    cursor = (state[CURSOR] + is_new) % np.uint32(num_slots(pool))
     links = [(before * width + NEXT, after), (after_place * width + PREVIOUS, before)]
     links += [(first * width + PREVIOUS, slot)]
     heads = [(jnp.where(old_head == new_head, no_head, old_head), after), (new_head, slot)]

@@ -6,7 +6,7 @@ Shapes: K steps, E embedding size, A actions, S support bins.
 import jax
 import jax.numpy as jnp
 
-from kvjax import step, world_model
+from kvjax import loops, step, world_model
 from kvjax.checks import validate_model
 from kvjax.config import WorldModelConfig, require_shape, require_type
 from kvjax.types import Params, Prediction, Window
@@ -57,5 +57,8 @@ def rollout(
 
     if checkpoint:
         one_step = jax.checkpoint(one_step)
-    depths = jnp.arange(1, action.shape[0] + 1)
-    return jax.lax.scan(lambda window, x: one_step(params, window, *x), window, (action, depths))
+    depths = jnp.arange(1, action.shape[0] + 1, dtype=jnp.int32)
+    imagined: tuple[Window, Prediction] = loops.scan(
+        lambda window, x: one_step(params, window, *x), window, (action, depths)
+    )
+    return imagined

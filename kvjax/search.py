@@ -3,14 +3,16 @@
 Shapes: B environments, A actions, E embedding size, C context_length in tokens.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
-from kvjax import fused_step, mctx_search, own_token_search, step, subtree, world_model
+from kvjax import fused_step, mctx_search, meshes, own_token_search, step, subtree, world_model
 from kvjax import tree as trees
 from kvjax.checks import (
     ArrayLike,
@@ -19,13 +21,13 @@ from kvjax.checks import (
     validate_model,
     validate_range,
 )
-from kvjax.compilation import jit_small_operations
+from kvjax.compilation import is_traced, jit_small_operations
 from kvjax.config import SearchConfig, WorldModelConfig, require_type
 from kvjax.contexts import advance
 from kvjax.fused import fold
 from kvjax.ops import support
 from kvjax.subtree import Kept
-from kvjax.types import Contexts, Params, Prepared, SearchOutput
+from kvjax.types import Contexts, Dials, Params, Prepared, SearchOutput
 
 _TINY = float(np.finfo(np.float32).tiny)
 _NARROW = 128
@@ -80,6 +82,7 @@ def search(
     Returns:
       The new contexts and a `SearchOutput`. A row whose observation or context makes the model
       answer NaN is reported in `finite`; other rows do not notice. Restart it: its context is NaN.
+      So is a row without a legal action, whose context is as good as any.
 
     Raises:
       TypeError: an argument of another type.
@@ -89,8 +92,10 @@ def search(
     """
     _check_types(params, rng, config, search)
     arrays = _arrays(contexts, observation, last_action, legal, config)
-    kept = _kept(kept, contexts, config, search)
-    contexts, out = _search(params, rng, contexts, *arrays, kept, config=config, search=search)
+    kept, dials, search = _options(kept, contexts, config, search)
+    contexts, out = _search(
+        params, rng, contexts, *arrays, kept, dials, config=config, search=search
+    )
     return contexts, out
 
 
@@ -109,8 +114,10 @@ def compiled(
     """What `search` runs for these arguments: its text, and how much memory it takes."""
     _check_types(params, rng, config, search)
     arrays = _arrays(contexts, observation, last_action, legal, config)
-    kept = _kept(kept, contexts, config, search)
-    lowered = _search.lower(params, rng, contexts, *arrays, kept, config=config, search=search)
+    kept, dials, search = _options(kept, contexts, config, search)
+    lowered = _search.lower(
+        params, rng, contexts, *arrays, kept, dials, config=config, search=search
+    )
     program: jax.stages.Compiled = lowered.compile()
     return program
 
@@ -134,7 +141,7 @@ def _arrays(
     validate_contexts(contexts, config)
     num_envs = contexts.timestep.shape[0]
     if legal is None:
-        legal = np.ones((num_envs, config.num_actions), bool)
+        legal = _all_legal(num_envs, config.num_actions)
     observation, last_action, legal = (
         x if isinstance(x, jax.Array) else np.asarray(x) for x in (observation, last_action, legal)
     )
@@ -146,16 +153,60 @@ def _arrays(
     )
 
 
+def _all_legal(rows: int, num_actions: int) -> jax.Array:
+    """Kept on the device, so that a call moves nothing there."""
+    make = _all_legal_here if is_traced() else _all_legal_kept
+    return make(rows, num_actions)
+
+
+def _all_legal_here(rows: int, num_actions: int) -> jax.Array:
+    return jnp.ones((rows, num_actions), bool)
+
+
+@functools.lru_cache
+def _all_legal_kept(rows: int, num_actions: int) -> jax.Array:
+    legal: jax.Array = jax.jit(_all_legal_here, static_argnums=(0, 1))(rows, num_actions)
+    return legal
+
+
+def _options(
+    kept: Kept | None, contexts: Contexts, config: WorldModelConfig, search: SearchConfig
+) -> tuple[Kept | None, Dials, SearchConfig]:
+    """What the search begins with, its dials, and what is left of its configuration."""
+    kept = _kept(kept, contexts, config, search)
+    return kept, *(_split(search) if is_traced() else _split_on_device(search))
+
+
 def _kept(
     kept: Kept | None, contexts: Contexts, config: WorldModelConfig, search: SearchConfig
 ) -> Kept | None:
-    """What the search begins with: nothing at all unless it keeps nodes, so that it can be None."""
+    """Nothing at all unless the search keeps nodes, so that it can be None."""
     rows = contexts.timestep.shape[0]
     if kept is not None:
         require_type("kept", kept, Kept, "kvjax.init_kept")
         subtree.validate(kept, rows, config, search)
         return kept
-    return subtree.init_kept(config, rows, search) if search.kept_nodes else None
+    if search.kept_nodes == 0:
+        return None
+    begin = subtree.init_kept if is_traced() else _begin
+    return begin(config, rows, search)
+
+
+_begin = jax.jit(subtree.init_kept, static_argnums=(0, 1, 2))
+
+
+def _split(search: SearchConfig) -> tuple[Dials, SearchConfig]:
+    """What is data, and a configuration that is the same for all that differ only in it."""
+    dials = Dials(np.float32(search.temperature), np.float32(search.discount))
+    same = dataclasses.replace(search, temperature=0.0, discount=1.0)
+    return jax.tree.map(np.asarray, dials), same
+
+
+@functools.lru_cache
+def _split_on_device(search: SearchConfig) -> tuple[Dials, SearchConfig]:
+    """Kept there, so that a call moves nothing."""
+    dials, same = _split(search)
+    return jax.device_put(dials), same
 
 
 def _validate(
@@ -196,6 +247,31 @@ def _search(
     last_action: jax.Array,
     legal: jax.Array,
     kept: Kept | None = None,
+    dials: Dials | None = None,
+    *,
+    config: WorldModelConfig,
+    search: SearchConfig,
+) -> tuple[Contexts, SearchOutput]:
+    """The search itself; without `dials` temperature and discount are those of `search`."""
+    dials = _split(search)[0] if dials is None else dials
+    arguments = params, rng, contexts, observation, last_action, legal, kept, dials
+    run = functools.partial(_advance_and_plan, config=config, search=search)
+    rows = meshes.rows_of(contexts.timestep)
+    fields = {field.name: PartitionSpec(rows) for field in dataclasses.fields(SearchOutput)}
+    results = PartitionSpec(rows), SearchOutput(**fields | {"kept": meshes.specs(kept, rows, 1)})
+    planned: tuple[Contexts, SearchOutput] = meshes.run_automatic(run, arguments, results)
+    return planned
+
+
+def _advance_and_plan(
+    params: Params | Prepared,
+    rng: jax.Array,
+    contexts: Contexts,
+    observation: jax.Array,
+    last_action: jax.Array,
+    legal: jax.Array,
+    kept: Kept | None,
+    dials: Dials,
     *,
     config: WorldModelConfig,
     search: SearchConfig,
@@ -208,7 +284,7 @@ def _search(
         )
         root_value = support.to_scalar(value, config.support)
         return contexts, mctx_search.run(
-            variables, rng, contexts, policy, root_value, legal, correction, config, search
+            variables, rng, contexts, policy, root_value, legal, correction, dials, config, search
         )
     folded = params.folded if isinstance(params, Prepared) else fold(variables, config=config)
     contexts, policy, value = fused_step.advance(
@@ -221,10 +297,12 @@ def _search(
     tokens = own_token_search.init_tokens(folded, contexts.window, config, search.num_nodes)
     if kept is not None:
         tree, tokens = subtree.promote(kept, tree, tokens, contexts.timestep, last_action, search)
-    tree, tokens = own_token_search.run(folded, tree, tokens, contexts.timestep, config, search)
+    tree, tokens = own_token_search.run(
+        folded, tree, tokens, contexts.timestep, dials.discount, config, search
+    )
     visit_counts = trees.visit_counts(tree)
     return contexts, SearchOutput(
-        action=mctx_search.choose(action_rng, visit_counts, legal, search.temperature),
+        action=mctx_search.choose(action_rng, visit_counts, legal, dials.temperature),
         visit_counts=visit_counts,
         root_value=trees.root_value(tree),
         q_values=trees.q_values(tree),
@@ -233,7 +311,9 @@ def _search(
         mean_depth=tree.total_depth / search.num_simulations,
         finite=mctx_search.all_finite(
             policy, root_value, trees.root_value(tree), tree.low, tree.high
-        ),
+        )
+        & jnp.any(legal, axis=1),
+        action_weights=mctx_search.visit_shares(jnp.where(legal, visit_counts, 0)),
         kept=None if kept is None else Kept(tree, tokens, contexts.timestep),
     )
 
@@ -244,7 +324,7 @@ def _with_noise(
     """Mixes Dirichlet noise over the legal actions into priors [B, A]."""
     if search.noise_fraction == 0.0:
         return prior
-    gamma = jax.random.gamma(rng, search.dirichlet_alpha, prior.shape)
+    gamma = jax.random.gamma(rng, search.dirichlet_alpha, prior.shape, prior.dtype)
     gamma = jnp.where(legal, jnp.maximum(gamma, _TINY), 0.0)
     noise = gamma / jnp.sum(gamma, axis=1, keepdims=True)
     fraction = search.noise_fraction

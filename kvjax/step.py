@@ -9,7 +9,7 @@ S support bins.
 import jax
 import jax.numpy as jnp
 
-from kvjax import world_model
+from kvjax import loops, world_model
 from kvjax.compilation import computed_once
 from kvjax.config import WorldModelConfig
 from kvjax.ops import window as windows
@@ -160,4 +160,4 @@ def make_room(
 
     overflows = windows.overflows(window)
     wanted = overflows if may_overflow is None else may_overflow
-    return windows.where(overflows, jax.lax.cond(wanted, compute_again, lambda: window), window)
+    return windows.where(overflows, loops.cond(wanted, compute_again, lambda: window), window)

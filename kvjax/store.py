@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kvjax import loops, statistics
 from kvjax import pool as pools
-from kvjax import statistics
 from kvjax.config import BLOCK, WorldModelConfig, require, require_count, require_type
 from kvjax.ops import hashing
 from kvjax.ops import window as windows
@@ -92,7 +92,7 @@ def init_store(
         nodes=make(node_slots, 1),
         epoch=jnp.zeros((), jnp.uint32),
         counters=statistics.init(),
-        latest=None if config.window.raw_size is None else jnp.full(num_envs, NO_SLOT),
+        latest=None if config.window.raw_size is None else jnp.full(num_envs, NO_SLOT, jnp.int32),
         verify_keys=verify_keys,
     )
 
@@ -200,7 +200,7 @@ def take(store: Store, found: Found) -> Window:
         return _unpack(pools.take(store.nodes, found.node))
 
     # Below the first level of a tree no row is a root: that pool need not be read.
-    window: Window = jax.lax.cond(jnp.any(in_root), from_both, from_nodes)
+    window: Window = loops.cond(jnp.any(in_root), from_both, from_nodes)
     return window
 
 

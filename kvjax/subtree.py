@@ -83,9 +83,9 @@ def init_kept(config: WorldModelConfig, num_envs: int, search: SearchConfig) -> 
     num_envs = require_count("num_envs", num_envs)
     _require_kept_nodes(search)
     return Kept(
-        tree=trees.init(jnp.zeros((num_envs, config.num_actions)), search),
+        tree=trees.init(jnp.zeros((num_envs, config.num_actions), jnp.float32), search),
         tokens=own_token_search.empty_tokens(config, num_envs, search.num_nodes),
-        timestep=jnp.full(num_envs, _NO_STEP, jnp.int32),
+        timestep=jnp.full((num_envs,), _NO_STEP, jnp.int32),
     )
 
 
@@ -129,12 +129,12 @@ def promote(
       timestep: [B] int32 of the new roots.
       last_action: [B] int32 that led to them.
     """
-    every_row, old = jnp.arange(timestep.shape[0]), kept.tree
+    every_row, old = jnp.arange(timestep.shape[0], dtype=jnp.int32), kept.tree
     taken = old.edges[ROOT, every_row, :, jnp.maximum(last_action, 0)]  # [B, F]
     child = taken[:, CHILD].astype(jnp.int32)
     goes_on = (
         (last_action != step.FIRST_STEP)
-        & (child != UNVISITED)
+        & (child != int(UNVISITED))
         & (timestep == kept.timestep + 1)
         & (tokens.length[ROOT] == kept.tokens.length[child, every_row])
         & jnp.isfinite(old.low + old.high)
@@ -163,8 +163,7 @@ def promote(
 
 def _without(edges: jax.Array, legal: jax.Array) -> jax.Array:
     """Edges [B, F, A] of nodes, untried where not `legal` [B, A]."""
-    untried = jnp.zeros(edges.shape[1]).at[CHILD].set(UNVISITED)[:, None]
-    return jnp.where(legal[:, None], edges, untried)
+    return jnp.where(legal[:, None], edges, trees.blank(legal.shape))
 
 
 def _renumber(
@@ -185,7 +184,7 @@ def _renumber(
     return _Renumbered(
         number=number,
         source=jnp.zeros(capacity + 1, jnp.int32).at[to].set(every_node, mode="drop"),
-        used=goes_on & (jnp.arange(capacity + 1) <= rank[-1]),
+        used=goes_on & (jnp.arange(capacity + 1, dtype=jnp.int32) <= rank[-1]),
     )
 
 
@@ -204,12 +203,11 @@ def _take_tokens(old: Tokens, new: Tokens, child: jax.Array, nodes: _Renumbered)
     What the child's window held is the root's token in that place from now on.
     """
     (num_nodes, size), below = old.slots.shape, nodes.source[1:]
-    window = jnp.where(
-        jnp.arange(size) < old.length[child], old.slots[child], old.tables[0].shape[0]
-    )
-    own = size + BLOCK * (nodes.number[1:, None] - 1) + jnp.arange(BLOCK)
+    every_slot, in_block = (jnp.arange(n, dtype=jnp.int32) for n in (size, BLOCK))
+    window = jnp.where(every_slot < old.length[child], old.slots[child], old.tables[0].shape[0])
+    own = size + BLOCK * (nodes.number[1:, None] - 1) + in_block[None]
     place = jnp.concatenate([jnp.zeros(size, jnp.int32), jnp.maximum(own, 0).reshape(-1)])
-    place = place.at[window].set(jnp.arange(size), mode="drop")
+    place = place.at[window].set(every_slot, mode="drop")
 
     def take(kept: jax.Array, begun: jax.Array) -> jax.Array:
         blocks = kept[size:].reshape(num_nodes - 1, BLOCK, -1)[below - 1]

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kvjax import loops
 from kvjax.config import SearchConfig
 
 ROOT = 0
@@ -38,6 +39,8 @@ _NUM_STEPS = _EDGE + _NUM_FIELDS - CHILD
 ILLEGAL = -1.0
 _MIN_RANGE = 0.01
 _LOW, _HIGH = 1e6, -1e6  # extremes of no value
+_UNROLLED = 32
+"""Up to so many actions a sum is written out, which is faster; it takes time to compile."""
 
 Exploration = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
 
@@ -65,9 +68,13 @@ class Path:
 
     def leaf(self) -> tuple[jax.Array, jax.Array]:
         """Parent node and action of the edge to expand: [B] int32 each."""
-        rows = jnp.arange(self.depth.shape[0])
+        rows = _every(self.depth.shape[0])
         step = self.steps[self.depth - 1, rows]
         return step[:, _NODE].astype(jnp.int32), step[:, _ACTION].astype(jnp.int32)
+
+
+def _every(rows: int) -> jax.Array:
+    return jnp.arange(rows, dtype=jnp.int32)
 
 
 def softmax(logits: jax.Array, legal: jax.Array | None = None) -> jax.Array:
@@ -80,24 +87,36 @@ def softmax(logits: jax.Array, legal: jax.Array | None = None) -> jax.Array:
 
 def _sum(x: jax.Array) -> jax.Array:
     """Sums [B, A] over A from the first to the last, as the reference's loop does."""
-    total = x[:, 0]
-    for action in range(1, x.shape[1]):
+    num_actions, total = x.shape[1], x[:, 0]
+    if num_actions > _UNROLLED:
+
+        def add(action: jax.Array, total: jax.Array) -> jax.Array:
+            return total + jax.lax.dynamic_index_in_dim(x, action, axis=1, keepdims=False)
+
+        summed: jax.Array = loops.fori_loop(1, num_actions, add, total)
+        return summed
+    for action in range(1, num_actions):
         total = total + x[:, action]
     return total
+
+
+def blank(shape: tuple[int, ...]) -> jax.Array:
+    """Edges [..., 6, A] of nodes [..., A] without a prior, which lead nowhere."""
+    fields = np.float32([UNVISITED if field == CHILD else 0.0 for field in range(_NUM_FIELDS)])
+    return jnp.broadcast_to(fields[:, None], (*shape[:-1], _NUM_FIELDS, shape[-1]))
 
 
 def init(prior: jax.Array, config: SearchConfig) -> Tree:
     """Trees that hold their roots: prior [B, A] from `softmax`, perhaps with noise."""
     rows, num_actions = prior.shape
-    shape = (config.num_nodes, rows, _NUM_FIELDS, num_actions)
-    edges = jnp.zeros(shape).at[:, :, CHILD].set(UNVISITED).at[ROOT, :, PRIOR].set(prior)
+    shape = (config.num_nodes, rows, num_actions)
     return Tree(
-        edges=edges,
-        root_visits=jnp.ones(rows),
-        root_value_sum=jnp.zeros(rows),
+        edges=blank(shape).at[ROOT, :, PRIOR].set(prior),
+        root_visits=jnp.ones(rows, jnp.float32),
+        root_value_sum=jnp.zeros(rows, jnp.float32),
         low=jnp.full(rows, _LOW, jnp.float32),
         high=jnp.full(rows, _HIGH, jnp.float32),
-        total_depth=jnp.zeros(rows),
+        total_depth=jnp.zeros(rows, jnp.float32),
     )
 
 
@@ -126,7 +145,7 @@ def _exploration(config: SearchConfig) -> Exploration:
 
 def nowhere(rows: int, config: SearchConfig) -> Path:
     """Room for the longest paths."""
-    steps = jnp.zeros((_max_depth(config), rows, _NUM_STEPS))
+    steps = jnp.zeros((_max_depth(config), rows, _NUM_STEPS), jnp.float32)
     return Path(steps, jnp.zeros(rows, jnp.int32))
 
 
@@ -140,7 +159,7 @@ def select(tree: Tree, config: SearchConfig, room: Path | None = None) -> Path:
     room = nowhere(tree.low.shape[0], config) if room is None else room
     levels, rows = room.steps.shape[:2]
     exploration = _exploration(config)
-    every_row = jnp.arange(rows)
+    every_row = _every(rows)
 
     def goes_on(state: Any) -> jax.Array:
         return jnp.any(state[1])
@@ -154,15 +173,16 @@ def select(tree: Tree, config: SearchConfig, room: Path | None = None) -> Path:
         taken = jnp.concatenate([where, chosen[:, _UPDATED]], axis=1)
         path = Path(
             steps=jax.lax.dynamic_update_index_in_dim(path.steps, taken, level, 0),
-            depth=path.depth + active,
+            depth=path.depth + active.astype(jnp.int32),
         )
         child = chosen[:, CHILD].astype(jnp.int32)
         active = active & (child >= 0) & (level + 1 < levels)
         return level + 1, active, jnp.where(active, child, node), mean, path
 
     empty = Path(room.steps, jnp.zeros(rows, jnp.int32))
-    start = 0, jnp.ones(rows, bool), jnp.full(rows, ROOT), jnp.zeros(rows), empty
-    path: Path = jax.lax.while_loop(goes_on, descend, start)[-1]
+    at_root, no_q = jnp.full(rows, ROOT, jnp.int32), jnp.zeros(rows, jnp.float32)
+    start = 0, jnp.ones(rows, bool), at_root, no_q, empty
+    path: Path = loops.while_loop(goes_on, descend, start)[-1]
     return path
 
 
@@ -183,7 +203,8 @@ def _best(
     tried = visits > 0
     total_q, count = _sum(jnp.where(tried, edge[:, Q], 0.0)), _sum(tried.astype(jnp.float32))
     at_root = (node == ROOT) & (count > 0)
-    mean = jnp.where(at_root, total_q / count, (parent_q + total_q) / (count + 1))
+    divisor = jnp.where(at_root, count, count + 1)
+    mean = jnp.where(at_root, total_q, parent_q + total_q) / divisor
     q = jnp.where(tried, edge[:, Q], mean[:, None])
     spread = (tree.high - tree.low)[:, None]
     scaled = (q - tree.low[:, None]) / jnp.maximum(spread, _MIN_RANGE)
@@ -201,7 +222,7 @@ def expand(
     reward: jax.Array,
     value: jax.Array,
     prior: jax.Array,
-    config: SearchConfig,
+    discount: jax.Array | float,
 ) -> Tree:
     """Adds one node to each tree and backs its value up to the root.
 
@@ -210,11 +231,12 @@ def expand(
       reward: [B] on the new edges.
       value: [B] of the new nodes.
       prior: [B, A] of the new nodes.
+      discount: [] of a step.
     """
     rows = tree.low.shape[0]
-    fresh = jnp.zeros((rows, _NUM_FIELDS, prior.shape[1])).at[:, CHILD].set(UNVISITED)
-    edges = jax.lax.dynamic_update_index_in_dim(tree.edges, fresh.at[:, PRIOR].set(prior), node, 0)
-    every_row, discount = jnp.arange(rows), jnp.float32(config.discount)
+    fresh = blank(prior.shape).at[:, PRIOR].set(prior)
+    edges = jax.lax.dynamic_update_index_in_dim(tree.edges, fresh, node, 0)
+    every_row, discount = _every(rows), jnp.asarray(discount, jnp.float32)
 
     def back_up(state: Any) -> Any:
         level, edges, gain, low, high = state
@@ -224,7 +246,7 @@ def expand(
             step[:, _EDGE + field - CHILD] for field in (CHILD, VISITS, VALUE_SUM, REWARD)
         )
         is_new = is_leaf & (child < 0)
-        child = jnp.where(is_new, jnp.asarray(node, jnp.float32), child)
+        child = jnp.where(is_new, jnp.asarray(node).astype(jnp.float32), child)
         received = jnp.where(is_new, reward, old_reward)
         visits, value_sum = old_visits + 1, old_sum + gain
         q = received + discount * (value_sum / visits)
@@ -238,7 +260,7 @@ def expand(
 
     deepest = jnp.max(path.depth) - 1
     start = deepest, edges, value, tree.low, tree.high
-    _, edges, gain, low, high = jax.lax.while_loop(lambda s: s[0] >= 0, back_up, start)
+    _, edges, gain, low, high = loops.while_loop(lambda s: s[0] >= 0, back_up, start)
     visits, value_sum = tree.root_visits + 1, tree.root_value_sum + gain
     root_q = discount * (value_sum / visits)
     return Tree(
@@ -247,7 +269,7 @@ def expand(
         root_value_sum=value_sum,
         low=jnp.minimum(low, root_q),
         high=jnp.maximum(high, root_q),
-        total_depth=tree.total_depth + path.depth,
+        total_depth=tree.total_depth + path.depth.astype(jnp.float32),
     )
 
 

@@ -102,6 +102,15 @@ class Contexts:
 
 
 @jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Dials:
+    """What of a `SearchConfig` is data to a compiled search."""
+
+    temperature: jax.Array  # [] float32
+    discount: jax.Array  # [] float32
+
+
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class SearchOutput(display.Drawn):
     """Result of one search per row.
@@ -114,7 +123,10 @@ class SearchOutput(display.Drawn):
       prior: [B, A], the network's policy over legal actions, noise left out.
       network_value: [B], the network's own value of the root.
       mean_depth: [B], edges below the root, mean over simulations.
-      finite: [B] bool, False: the model answered NaN or infinity, discard the row.
+      finite: [B] bool, False: the model answered NaN or infinity, or no action is legal; discard
+        the row.
+      action_weights: [B, A], the policy target: shares of visits, or mctx's improved policy
+        ("gumbel").
       kept: `kvjax.Kept` for the next search, with `SearchConfig.kept_nodes`; else None.
     """
 
@@ -126,6 +138,7 @@ class SearchOutput(display.Drawn):
     network_value: jax.Array
     mean_depth: jax.Array
     finite: jax.Array
+    action_weights: jax.Array
     kept: Any = None
 
     def _picture(self) -> display.Picture | None:

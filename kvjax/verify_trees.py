@@ -186,7 +186,8 @@ def _grow(
         edge = (jnp.arange(prior.shape[0]), *path.leaf())
         reward, value, logits = (table[name][edge] for name in ("reward", "value", "logits"))
         node = simulation + 1
-        grown = trees.expand(grown, path, node, reward, value, trees.softmax(logits), config)
+        below = trees.softmax(logits)
+        grown = trees.expand(grown, path, node, reward, value, below, config.discount)
         return grown, (trees.visit_counts(grown), trees.root_value(grown))
 
     simulations = jnp.arange(config.num_simulations)

@@ -193,7 +193,7 @@ def init_params(rng: jax.Array, config: WorldModelConfig) -> Params:
       Flax variables.
     """
     window = windows.init(config.window)
-    observation = jnp.zeros(config.observation_shape)
+    observation = jnp.zeros(config.observation_shape, jnp.float32)
     return WorldModel(config).init(rng, observation, jnp.zeros((), jnp.int32), window)
 
 
@@ -359,6 +359,6 @@ def rebuild(params: Params, window: Window, *, config: WorldModelConfig) -> Wind
     """
     kept = config.window.kept_length
     _, kv = sequence(params, jnp.asarray(window.raw)[:kept], config=config)
-    valid = jnp.arange(kept) < window.length
+    valid = jnp.arange(kept, dtype=jnp.int32) < window.length
     kv = jnp.where(valid[:, None, None, None, None], kv, 0).astype(window.kv.dtype)
     return dataclasses.replace(window, kv=jnp.zeros_like(window.kv).at[:kept].set(kv))

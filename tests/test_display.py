@@ -177,6 +177,7 @@ def test_a_search_output():
         network_value=np.array([3.0]),
         mean_depth=np.array([4.0]),
         finite=np.array([True]),
+        action_weights=np.array([[0.2, 0.8]]),
     )
     assert repr(out) == "\n".join(
         [

@@ -21,6 +21,7 @@ ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 RULES = (DOCS / "rules.md").read_text()
 ERRORS = (DOCS / "errors.md").read_text()
+COMPOSITION = (DOCS / "composition.md").read_text()
 README = (ROOT / "README.md").read_text()
 CHEAP = ("tests/test_window.py", "tests/test_position.py", "tests/test_hashing.py")
 
@@ -62,6 +63,16 @@ def test_every_rule_has_a_row_and_what_it_names_exists():
     for line in lines:
         assert "`kvjax." in line, line
         assert "`tests/" in line, line
+
+
+def test_the_table_of_compositions_names_every_test_of_one():
+    lines = [line for line in COMPOSITION.splitlines() if line.startswith("| ")][1:]
+    assert len(lines) >= 15
+    named = [re.findall(r"`(tests/[^`]*)`", line) for line in lines]
+    assert all(named)
+    tests = {name for name in all_tests() if name.startswith("tests/test_composition.py")}
+    assert {name for names in named for name in names} == tests
+    assert all(callable(lookup(name)) for name in re.findall(r"`(kvjax\.[\w.]+)`", COMPOSITION))
 
 
 def test_at_least_fifty_errors_and_their_tests_exist():

@@ -9,7 +9,10 @@ from pathlib import Path
 import kvjax
 
 LAYERS = (
-    ("config", "display", "display_tree", "statistics", "compilation", "interrupts", "files"),
+    (
+        *("config", "display", "display_tree", "statistics", "compilation", "interrupts", "files"),
+        *("loops", "meshes"),
+    ),
     ("types", "dlpack"),
     ("ops.window", "ops.position", "ops.attention", "ops.support", "ops.hashing"),
     ("ops", "reference_tree"),
@@ -23,7 +26,7 @@ LAYERS = (
     ("fused_step",),
     ("own_token_search", "params_update"),
     ("subtree",),
-    ("search", "inference"),
+    ("search", "inference", "serialization"),
     ("host_search",),
     ("planner", "checkpoint", "lightzero.encoder_tensors", "gif"),
     ("lightzero.module", "lightzero.experiment", "lightzero.torch_file", "lightzero.tensors"),

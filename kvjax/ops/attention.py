@@ -37,7 +37,7 @@ def attend(
     cached = cached.astype(query.dtype)
     query = query / jnp.sqrt(head_dim).astype(query.dtype)
 
-    cached_scores = jnp.where(valid, jnp.einsum("hd,chd->hc", query, cached[:, 0]), -jnp.inf)
+    cached_scores = jnp.where(valid[None], jnp.einsum("hd,chd->hc", query, cached[:, 0]), -jnp.inf)
     scores = [cached_scores, jnp.sum(query * fresh[0], axis=-1, keepdims=True)]
     if zero_keys is not None:
         score = jnp.log(zero_keys.astype(query.dtype))  # n keys of score 0; log 0 is no key

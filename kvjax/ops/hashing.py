@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kvjax import loops
 from kvjax.config import require_shape
 
 DIGEST_LANES = 4
@@ -82,7 +83,7 @@ def digest(bits: jax.Array) -> jax.Array:
         bits = jnp.pad(bits, (0, padding)).reshape(chunks, _CHUNK)
         salts = jnp.pad(_salts(size), ((0, padding), (0, 0))).reshape(chunks, _CHUNK, DIGEST_LANES)
         start = jnp.zeros(DIGEST_LANES, jnp.uint32)
-        lanes = jax.lax.fori_loop(0, chunks, lambda i, x: x + _lanes(bits[i], salts[i]), start)
+        lanes = loops.fori_loop(0, chunks, lambda i, x: x + _lanes(bits[i], salts[i]), start)
     else:
         lanes = _lanes(bits, _salts(size))
     mixed: jax.Array = _mix(lanes ^ _mix(jnp.roll(lanes, 1) + _GOLDEN))

@@ -33,7 +33,8 @@ def continue_table(table: jax.Array, length: int) -> jax.Array:
     if table.shape[0] < BLOCK:
         raise ValueError(f"a position table of {table.shape[0]} row cannot reach {length} rows")
     steps = jnp.arange(1, beyond + 1, dtype=table.dtype)[:, None]
-    return jnp.concatenate([table, table[-1] + steps * (table[-1] - table[-2])])
+    last = table[-1:]
+    return jnp.concatenate([table, last + steps * (last - table[-2:-1])])
 
 
 def project(table: jax.Array, kernels: jax.Array, num_heads: int) -> jax.Array:
@@ -98,7 +99,7 @@ def rotate(heads: jax.Array, by: jax.Array) -> jax.Array:
     require_shape("heads", heads, ("H", "D"))
     require_shape("by", by, (2, heads.shape[1] // 2))
     even, odd = heads[:, ::2], heads[:, 1::2]
-    cos, sin = by.astype(heads.dtype)
+    cos, sin = by.astype(heads.dtype)[:, None]
     turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
     return turned.reshape(heads.shape)
 
