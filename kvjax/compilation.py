@@ -85,7 +85,7 @@ def is_traced() -> bool:
 
     The arguments do not tell: a function may close over all that it reads.
     """
-    return bool(get_opaque_trace_state() != _untraced())
+    return bool(get_opaque_trace_state() != _untraced())  # type: ignore[no-untyped-call]
 
 
 @functools.cache

@@ -141,7 +141,7 @@ def _replay(
     def run(*arguments: Any) -> Any:
         return _take_steps(*arguments, config=config)
 
-    rows = jax.sharding.PartitionSpec(meshes.rows_of(length))
+    rows = meshes.spec(meshes.rows_of(length))
     arguments = params, contexts, observation, action, length
     result: tuple[Contexts, jax.Array, jax.Array] = meshes.run_automatic(run, arguments, rows)
     return result

@@ -13,6 +13,11 @@ def rows_of(x: jax.Array) -> Any:
     return spec[0] if len(spec) else None
 
 
+def spec(*axes: Any) -> PartitionSpec:
+    """A `PartitionSpec`."""
+    return PartitionSpec(*axes)  # type: ignore[no-untyped-call]
+
+
 def run_automatic(function: Callable[..., Any], arguments: tuple[Any, ...], results: Any) -> Any:
     """Calls a function of arrays so that XLA places what is computed inside.
 
@@ -36,7 +41,7 @@ def specs(values: Any, rows: Any, axis: int = 0) -> Any:
     An array of one axis has its rows there.
     """
 
-    def spec(x: jax.Array) -> PartitionSpec:
-        return PartitionSpec(*[None] * min(axis, x.ndim - 1), rows)
+    def spec_of(x: jax.Array) -> PartitionSpec:
+        return spec(*[None] * min(axis, x.ndim - 1), rows)
 
-    return jax.tree.map(spec, values)
+    return jax.tree.map(spec_of, values)

@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 
 from kvjax import fused_step, mctx_search, meshes, own_token_search, step, subtree, world_model
 from kvjax import tree as trees
@@ -197,9 +196,8 @@ _begin = jax.jit(subtree.init_kept, static_argnums=(0, 1, 2))
 
 def _split(search: SearchConfig) -> tuple[Dials, SearchConfig]:
     """What is data, and a configuration that is the same for all that differ only in it."""
-    dials = Dials(np.float32(search.temperature), np.float32(search.discount))
-    same = dataclasses.replace(search, temperature=0.0, discount=1.0)
-    return jax.tree.map(np.asarray, dials), same
+    dials: Any = (np.asarray(x, np.float32) for x in (search.temperature, search.discount))
+    return Dials(*dials), dataclasses.replace(search, temperature=0.0, discount=1.0)
 
 
 @functools.lru_cache
@@ -257,8 +255,9 @@ def _search(
     arguments = params, rng, contexts, observation, last_action, legal, kept, dials
     run = functools.partial(_advance_and_plan, config=config, search=search)
     rows = meshes.rows_of(contexts.timestep)
-    fields = {field.name: PartitionSpec(rows) for field in dataclasses.fields(SearchOutput)}
-    results = PartitionSpec(rows), SearchOutput(**fields | {"kept": meshes.specs(kept, rows, 1)})
+    by_row: Any = meshes.spec(rows)
+    fields = {field.name: by_row for field in dataclasses.fields(SearchOutput)}
+    results = by_row, SearchOutput(**fields | {"kept": meshes.specs(kept, rows, 1)})
     planned: tuple[Contexts, SearchOutput] = meshes.run_automatic(run, arguments, results)
     return planned
 

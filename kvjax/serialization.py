@@ -21,7 +21,9 @@ _STATIC = (str, bool)
 def register() -> None:
     """Makes the types known to Flax; more than once does no harm."""
     for kind in STATES:
-        serialization.register_serialization_state(kind, _to_state, _from_state, override=True)
+        serialization.register_serialization_state(  # type: ignore[no-untyped-call]
+            kind, _to_state, _from_state, override=True
+        )
 
 
 def _to_state(owner: Any) -> dict[str, Any]:

@@ -87,11 +87,13 @@ def softmax(logits: jax.Array, legal: jax.Array | None = None) -> jax.Array:
 
 def _sum(x: jax.Array) -> jax.Array:
     """Sums [B, A] over A from the first to the last, as the reference's loop does."""
-    num_actions, total = x.shape[1], x[:, 0]
+    num_actions = x.shape[1]
+    total: jax.Array = x[:, 0]
     if num_actions > _UNROLLED:
 
         def add(action: jax.Array, total: jax.Array) -> jax.Array:
-            return total + jax.lax.dynamic_index_in_dim(x, action, axis=1, keepdims=False)
+            summand: jax.Array = jax.lax.dynamic_index_in_dim(x, action, axis=1, keepdims=False)
+            return total + summand
 
         summed: jax.Array = loops.fori_loop(1, num_actions, add, total)
         return summed
@@ -102,7 +104,8 @@ def _sum(x: jax.Array) -> jax.Array:
 
 def blank(shape: tuple[int, ...]) -> jax.Array:
     """Edges [..., 6, A] of nodes [..., A] without a prior, which lead nowhere."""
-    fields = np.float32([UNVISITED if field == CHILD else 0.0 for field in range(_NUM_FIELDS)])
+    fields = np.zeros(_NUM_FIELDS, np.float32)
+    fields[CHILD] = UNVISITED
     return jnp.broadcast_to(fields[:, None], (*shape[:-1], _NUM_FIELDS, shape[-1]))
 
 
