@@ -7,6 +7,8 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from kvjax.values import is_integer, is_number, make_plain, require_above_zero, require_numbers
+
 BLOCK = 2
 """Tokens per environment step: one observation token and one action token."""
 
@@ -23,9 +25,6 @@ WINDOW_MODES: tuple[WindowMode, ...] = get_args(WindowMode)
 
 MAX_SIMULATIONS = 2**24 - 1
 """A tree holds no more: its node indices are exact in float32."""
-
-MAX_FLOAT32 = (2 - 2**-23) * 2.0**127
-"""The largest finite number of float32."""
 
 Tree = Literal["lightzero", "muzero", "gumbel"]
 TREES = ("lightzero", "muzero", "gumbel")
@@ -94,7 +93,8 @@ def require_shape(name: str, array: Any, shape: tuple[int | str, ...]) -> None:
 
 def require_one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     """Raises `ValueError` unless the value is one of the allowed ones."""
-    require(value in allowed, f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+    is_allowed = isinstance(value, str) and value in allowed
+    require(is_allowed, f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
 
 def listed(names: Iterable[str]) -> str:
@@ -144,6 +144,7 @@ class WindowConfig:
     raw_size: int | None = None
 
     def __post_init__(self) -> None:
+        make_plain(self)
         require_positive(self, "context_length", "num_layers", "num_heads", "head_dim")
         if self.raw_size is not None:
             require_positive(self, "raw_size")
@@ -222,8 +223,9 @@ class WorldModelConfig:
     image_blocks: int = 1  # residual blocks behind the image encoder's last pooling
 
     def __post_init__(self) -> None:
+        make_plain(self)
         sizes = ("embed_dim", "num_layers", "num_heads", "num_actions")
-        require_positive(self, *sizes, "simnorm_group")
+        require_positive(self, *sizes, "simnorm_group", "image_channels")
         require(
             self.embed_dim % self.num_heads == 0,
             f"num_heads must divide embed_dim {self.embed_dim}, got {self.num_heads}",
@@ -232,8 +234,16 @@ class WorldModelConfig:
             require_positive(self, "observation_size")
         if self.image_shape is not None:
             self._check_image(self.image_shape)
-        first, last = self.support
-        require(first < last, f"support must be (first, last), first < last, got {first, last}")
+        blocks = self.image_blocks
+        require(is_integer(blocks) and blocks >= 0, f"image_blocks must be >= 0, got {blocks!r}")
+        support = self.support
+        require(
+            isinstance(support, tuple)
+            and len(support) == 2
+            and all(map(is_integer, support))
+            and support[0] < support[1],
+            f"support must be integers (first, last), first < last, got {support!r}",
+        )
         require_one_of("layout", self.layout, ("0.2.0", "main"))
         for name in ("encoder_norm", "latent_norm"):
             require_one_of(name, getattr(self, name), ("simnorm", "layernorm"))
@@ -245,6 +255,7 @@ class WorldModelConfig:
         self._validate_positions()
 
     def _validate_positions(self) -> None:
+        require_above_zero(self, "rope_theta")
         require_one_of("window_mode", self.window_mode, WINDOW_MODES)
         mode, head_dim = self.window_mode, self.window.head_dim
         if not self.is_rotary:
@@ -260,7 +271,6 @@ class WorldModelConfig:
             f'window_mode "{mode}" excludes learned positions, got max_tokens {self.max_tokens}',
         )
         require(head_dim % 2 == 0, f"rotary positions need an even head size, got {head_dim}")
-        require(self.rope_theta > 0.0, f"rope_theta must be above 0, got {self.rope_theta}")
 
     @property
     def is_rotary(self) -> bool:
@@ -271,14 +281,12 @@ class WorldModelConfig:
         require(
             self.observation_size is None, "observation_size and image_shape exclude each other"
         )
-        require_positive(self, "image_channels")
         require(self.image_channels % 2 == 0, f"image_channels must be even: {self.image_channels}")
-        blocks = self.image_blocks
-        require(isinstance(blocks, int) and blocks >= 0, f"image_blocks must be >= 0, got {blocks}")
         sides = ", ".join(map(str, IMAGE_SIDES))
         require(
             isinstance(shape, tuple)
             and len(shape) == 3
+            and all(map(is_integer, shape))
             and shape[0] >= 1
             and shape[1] == shape[2]
             and shape[1] in IMAGE_SIDES,
@@ -345,23 +353,19 @@ class SearchConfig:
     kept_nodes: int = 0
 
     def __post_init__(self) -> None:
+        make_plain(self)
         require_positive(self, "num_simulations")
+        require_one_of("tree", self.tree, TREES)
         self._check_size()
         if self.max_depth is not None:
             require_positive(self, "max_depth")
-        require_one_of("tree", self.tree, TREES)
+        require_numbers(self, "discount", "noise_fraction", "temperature", "pb_c_init")
+        require_above_zero(self, "dirichlet_alpha", "pb_c_base")
         require(0.0 < self.discount <= 1.0, f"discount must be in (0, 1], got {self.discount}")
         fraction = self.noise_fraction
         require(0.0 <= fraction <= 1.0, f"noise_fraction must be in [0, 1], got {fraction}")
-        alpha, base = self.dirichlet_alpha, self.pb_c_base
-        require(alpha > 0.0, f"dirichlet_alpha must be above 0, got {alpha}")
-        require(base > 0.0, f"pb_c_base must be above 0, got {base}")
         temperature = self.temperature
         require(temperature >= 0.0, f"temperature must be at least 0, got {temperature}")
-        require(
-            temperature <= MAX_FLOAT32,
-            f"temperature must be at most {MAX_FLOAT32:.4g}, got {temperature}",
-        )
         self._check_unread()
 
     def _check_size(self) -> None:
@@ -371,8 +375,10 @@ class SearchConfig:
             f"num_simulations must be at most {MAX_SIMULATIONS}, got {simulations}: a tree"
             " holds no more nodes",
         )
-        is_count = isinstance(kept, int) and not isinstance(kept, bool) and kept >= 0
-        require(is_count, f"kept_nodes must be an integer, at least 0, got {kept!r}")
+        require(
+            is_integer(kept) and kept >= 0,
+            f"kept_nodes must be an integer, at least 0, got {kept!r}",
+        )
         require(
             kept + simulations <= MAX_SIMULATIONS,
             f"kept_nodes must be at most {MAX_SIMULATIONS - simulations} beside {simulations}"
@@ -404,14 +410,18 @@ class EnvironmentConfig:
     """The Gymnasium environment that an agent was trained in, and what it saw of it.
 
     Raises:
-      ValueError: the identifier is empty or the scale is no tuple of numbers.
+      ValueError: the identifier is no text or empty, or the scale is no tuple of finite numbers.
     """
 
     env_id: str
     observation_scale: tuple[float, ...] | None = None  # factor per entry; None leaves it as it is
 
     def __post_init__(self) -> None:
-        require(bool(self.env_id), "env_id must name a Gymnasium environment, got ''")
-        scale = self.observation_scale
-        is_vector = scale is None or all(isinstance(factor, int | float) for factor in scale)
-        require(is_vector, f"observation_scale must be numbers, got {scale!r}")
+        make_plain(self)
+        env_id, scale = self.env_id, self.observation_scale
+        is_name = isinstance(env_id, str) and bool(env_id)
+        require(is_name, f"env_id must name a Gymnasium environment, got {env_id!r}")
+        is_vector = scale is None or (
+            isinstance(scale, tuple) and bool(scale) and all(map(is_number, scale))
+        )
+        require(is_vector, f"observation_scale must be numbers, finite ones, got {scale!r}")

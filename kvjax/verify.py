@@ -83,11 +83,11 @@ def verify(
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: not a trace that can be replayed, a tolerance that is no number >= 0, or an agent
-        for a trace that brings its own network.
+      ValueError: not a trace that can be replayed, a tolerance that is no finite number >= 0, or
+        an agent for a trace that brings its own network.
     """
-    if tolerance is not None and not tolerance >= 0.0:
-        raise ValueError(f"tolerance must be at least 0, got {tolerance}")
+    if tolerance is not None and not 0.0 <= tolerance < math.inf:
+        raise ValueError(f"tolerance must be at least 0 and finite, got {tolerance}")
     given = {} if tolerance is None else {"tolerance": tolerance}
     kind = archive.kind(path, archive.read_arrays(path))
     if kind == "episodes":
@@ -220,9 +220,12 @@ def _compare_root(
     yield "policy_logits", np.asarray(policy), recorded["policy_logits"]
     yield "value_logits", np.asarray(value), recorded["value_logits"]
     lengths = np.asarray(window.length)
-    yield _LENGTH, lengths, recorded["length"]
+    held = np.array([recorded[f"k{env}"].shape[2] for env in range(len(lengths))])
+    # A recorded length that is not that of the recorded keys equals none.
+    stored = np.where(recorded["length"] == held, held, 0)
+    yield _LENGTH, lengths, stored
     for env, length in enumerate(lengths):
-        if length == recorded["length"][env]:
+        if length == stored[env]:
             kv = np.asarray(window.kv[env, :length]).transpose(2, 1, 3, 0, 4)  # [2, L, H, n, D]
             yield "k", kv[0], recorded[f"k{env}"]
             yield "v", kv[1], recorded[f"v{env}"]

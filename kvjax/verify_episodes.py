@@ -23,6 +23,7 @@ from kvjax.checkpoint import Checkpoint
 from kvjax.config import SearchConfig
 from kvjax.contexts import init_contexts
 from kvjax.host_search import encode, host_search, most_visited
+from kvjax.lightzero import npz
 from kvjax.lightzero.search_trace import Episode, EpisodeTrace, read_episodes
 from kvjax.ops import support
 from kvjax.search import prepare, search
@@ -168,6 +169,9 @@ def _read_player(path: str | Path, trace: EpisodeTrace, name: str) -> Checkpoint
     for what, (recorded, ours) in expected.items():
         if recorded != ours:
             raise ValueError(f"{path} was recorded with {what} {recorded}, {name} has {ours}")
+    nodes, window = trace.search.num_nodes, config.window
+    what = f"{path}: {nodes:,} nodes with {window.context_length:,} tokens are too large"
+    npz.check_bytes(what, 4 * nodes * window.context_length * math.prod(window.token_shape))
     return player
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from kvjax import near_ties, reference_tree
 from kvjax import tree as trees
 from kvjax.config import SearchConfig
+from kvjax.lightzero import npz
 from kvjax.lightzero.search_trace import NOISE_FRACTION, RecordedTree, read_trees
 
 Array = np.ndarray[Any, Any]
@@ -89,6 +90,7 @@ def verify_trees(
       ValueError: the file is no tree trace or is incomplete.
     """
     recorded = read_trees(path)
+    _check_size(path, recorded)
     answers = {"tree": _search_in_jit, "store": _search_on_host}[route](recorded)
     worst, differences = 0.0, []
     for index, (tree, (visits, root_value)) in enumerate(zip(recorded, answers, strict=True)):
@@ -109,6 +111,15 @@ def verify_trees(
         differences=tuple(differences),
         ok=explained == len(differences) and worst <= tolerance,
     )
+
+
+def _check_size(path: str | Path, recorded: Sequence[RecordedTree]) -> None:
+    """Tables are searched in batches, each tree in the size of the largest."""
+    nodes = 1 + max(tree.config.num_simulations for tree in recorded)
+    edges = sum(nodes * len(tree.legal) for tree in recorded)
+    actions = max(len(tree.legal) for tree in recorded)
+    what = f"{path}: {len(recorded)} trees of up to {nodes:,} nodes are too large"
+    npz.check_bytes(what, 4 * edges * (actions + 2))
 
 
 def _begin(recorded: RecordedTree) -> tuple[reference_tree.Tree, near_ties.Network]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import kvjax
 
 LAYERS = (
+    ("values",),
     (
         *("config", "display", "display_tree", "statistics", "compilation", "interrupts", "files"),
         *("loops", "meshes"),
@@ -28,7 +29,7 @@ LAYERS = (
     ("subtree",),
     ("search", "inference", "serialization"),
     ("host_search",),
-    ("planner", "checkpoint", "lightzero.encoder_tensors", "gif"),
+    ("planner", "checkpoint", "lightzero.encoder_tensors", "lightzero.npz", "gif"),
     ("lightzero.module", "lightzero.experiment", "lightzero.torch_file", "lightzero.tensors"),
     ("lightzero.described", "lightzero.shapes"),
     ("lightzero.configuration",),

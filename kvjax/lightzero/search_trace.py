@@ -4,12 +4,13 @@ Shapes: A actions, N simulations, T steps of an episode.
 """
 
 import dataclasses
+import reprlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from kvjax.config import EnvironmentConfig, SearchConfig, WindowMode
+from kvjax.config import MAX_SIMULATIONS, EnvironmentConfig, SearchConfig, WindowMode
 from kvjax.lightzero import archive
 
 Array = np.ndarray[Any, Any]
@@ -85,26 +86,30 @@ def read_trees(path: str | Path) -> tuple[RecordedTree, ...]:
         raise ValueError(f"{path} holds no {archive.TREES}: it is no tree trace")
     described = archive.read_json(path, arrays, archive.TREES)
     if not isinstance(described, list) or not described:
-        raise ValueError(f"{path}: {archive.TREES} must be a JSON list of trees, got {described!r}")
+        raise ValueError(
+            f"{path}: {archive.TREES} must be a JSON list of trees, got {reprlib.repr(described)}"
+        )
     return tuple(_tree(path, arrays, index, tree) for index, tree in enumerate(described))
 
 
 def _tree(
     path: str | Path, arrays: dict[str, Array], index: int, described: dict[str, Any]
 ) -> RecordedTree:
-    archive.check_fields(path, f"{archive.TREES}[{index}]", described, _TREE_FIELDS)
+    where = f"{archive.TREES}[{index}]"
+    archive.check_fields(path, where, described, _TREE_FIELDS)
+    actions = archive.count(path, where, described, "actions")
     config = _search_config(path, described)
-    actions, nodes = described["actions"], config.num_simulations + 1
-    edges = (nodes, actions)
-    shapes = {"root_logits": (actions,), "legal": (actions,), "reward": edges, "value": edges}
-    shapes |= {"logits": (*edges, actions), "visits": (actions,), "root_value": ()}
-    if described["noise"]:
+    edges = (config.num_simulations + 1, actions)
+    shapes = {"root_logits": (actions,), "reward": edges, "value": edges}
+    shapes |= {"logits": (*edges, actions), "root_value": ()}
+    if archive.flag(path, where, described, "noise"):
         shapes["noise"] = (actions,)
     found = {
         name: archive.check_array(path, arrays, f"{index}/{name}", shape)
         for name, shape in shapes.items()
     }
-    legal = found["legal"].astype(bool)
+    found["visits"] = _visits(path, arrays, f"{index}/visits", (actions,))
+    legal = archive.check_array(path, arrays, f"{index}/legal", (actions,)).astype(bool)
     if not legal.any():
         raise ValueError(f"{path}: {index}/legal allows no action")
     return RecordedTree(
@@ -118,6 +123,10 @@ def _tree(
         visits=found["visits"],
         root_value=float(found["root_value"]),
     )
+
+
+def _visits(path: str | Path, arrays: dict[str, Array], name: str, shape: tuple[int, ...]) -> Array:
+    return archive.check_indices(path, arrays, name, shape, 0, MAX_SIMULATIONS)
 
 
 def _search_config(path: str | Path, described: dict[str, Any]) -> SearchConfig:
@@ -136,20 +145,65 @@ def read_episodes(path: str | Path) -> EpisodeTrace:
     """
     arrays = archive.read_arrays(path)
     described = archive.read_config(path, arrays)
-    archive.check_fields(path, archive.DESCRIPTION, described, _EPISODE_FIELDS)
-    seeds = described["seeds"]
-    if not isinstance(seeds, list) or not seeds:
-        raise ValueError(f"{path}: seeds must be a list of numbers, got {seeds!r}")
-    first, last = described["support"]
-    return EpisodeTrace(
-        search=_search_config(path, described),
-        environment=EnvironmentConfig(described["env"], tuple(described["obs_scale"])),
-        num_heads=described["num_heads"],
-        context_length=described["context_length"],
-        support=(first, last),
-        window_mode=archive.window_mode(path, described),
-        episodes=tuple(_episode(path, arrays, seed) for seed in seeds),
+    where = archive.DESCRIPTION
+    archive.check_fields(path, where, described, _EPISODE_FIELDS)
+    num_heads, context_length = (
+        archive.count(path, where, described, name) for name in ("num_heads", "context_length")
     )
+    search = _search_config(path, described)
+    episodes = tuple(_episode(path, arrays, seed) for seed in _seeds(path, described))
+    for other in episodes[1:]:
+        _check_alike(path, episodes[0], other)
+    return EpisodeTrace(
+        search=search,
+        environment=_environment(path, described),
+        num_heads=num_heads,
+        context_length=context_length,
+        support=_support(path, described),
+        window_mode=archive.window_mode(path, described),
+        episodes=episodes,
+    )
+
+
+def _seeds(path: str | Path, described: dict[str, Any]) -> list[int]:
+    seeds: list[int] = described["seeds"]
+    numbers = isinstance(seeds, list) and all(type(seed) is int and seed >= 0 for seed in seeds)
+    if not numbers or not seeds:
+        raise ValueError(f"{path}: seeds must be a list of numbers, got {reprlib.repr(seeds)}")
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"{path}: seeds must differ, got {reprlib.repr(seeds)}")
+    return seeds
+
+
+def _support(path: str | Path, described: dict[str, Any]) -> tuple[int, int]:
+    match described["support"]:
+        case [int(first), int(last)] if first < last:
+            return first, last
+    raise ValueError(
+        f"{path}: support must be the first and the last bin, got"
+        f" {reprlib.repr(described['support'])}"
+    )
+
+
+def _environment(path: str | Path, described: dict[str, Any]) -> EnvironmentConfig:
+    """What was played; a name "module:environment" would import that module."""
+    env_id, scale = described["env"], described["obs_scale"]
+    if isinstance(env_id, str) and ":" in env_id:
+        raise ValueError(f"{path}: env must name no module, got {env_id!r}")
+    try:
+        return EnvironmentConfig(env_id, tuple(scale) if isinstance(scale, list) else scale)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _check_alike(path: str | Path, first: Episode, other: Episode) -> None:
+    for name in ("observations", "visits"):
+        sizes = [getattr(episode, name).shape[1] for episode in (first, other)]
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"{path}: {name} of seed {first.seed} are {sizes[0]} wide, of seed {other.seed}"
+                f" {sizes[1]}"
+            )
 
 
 def _episode(path: str | Path, arrays: dict[str, Array], seed: int) -> Episode:
@@ -163,21 +217,19 @@ def _episode(path: str | Path, arrays: dict[str, Array], seed: int) -> Episode:
                 f"{path}: {prefix}/{name} has shape {array.shape}, expected a row per step"
             )
     steps, num_actions = arrays[f"{prefix}/visits"].shape
-    shapes: dict[str, tuple[int, ...]] = {}
-    shapes |= {"obs": (steps, arrays[f"{prefix}/obs"].shape[1]), "visits": (steps, num_actions)}
-    shapes |= {"action": (steps,), "root_value": (steps,), "policy_logits": (steps, num_actions)}
+    shapes: dict[str, tuple[int, ...]] = {"root_value": (steps,)}
+    shapes |= {"obs": (steps, arrays[f"{prefix}/obs"].shape[1])}
+    shapes |= {"policy_logits": (steps, num_actions)}
     found = {
         name: archive.check_array(path, arrays, f"{prefix}/{name}", shape)
         for name, shape in shapes.items()
     }
-    action = found["action"]
-    if ((action < 0) | (action >= num_actions)).any():
-        raise ValueError(f"{path}: {prefix}/action must be in 0 .. {num_actions - 1}")
+    actions = archive.check_indices(path, arrays, f"{prefix}/action", (steps,), 0, num_actions - 1)
     return Episode(
         seed=seed,
         observations=found["obs"].astype(np.float32),
-        actions=action.astype(np.int32),
-        visits=found["visits"],
+        actions=actions.astype(np.int32),
+        visits=_visits(path, arrays, f"{prefix}/visits", (steps, num_actions)),
         root_values=found["root_value"],
         policy_logits=found["policy_logits"],
     )

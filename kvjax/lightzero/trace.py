@@ -4,6 +4,7 @@ Shapes: B environments, E embedding size, A actions, S support bins, N simulatio
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,21 @@ from typing import Any
 import numpy as np
 
 from kvjax.config import WorldModelConfig
-from kvjax.lightzero import archive, checkpoint
+from kvjax.lightzero import archive, checkpoint, npz
+from kvjax.step import FIRST_STEP
 from kvjax.types import Params
 
 Array = np.ndarray[Any, Any]
 
-_INPUTS = ("action", "prev_latent", "latent", "timestep", "parent", "sim_action", "depth")
-_ANSWERS = ("policy_logits", "value_logits", "length")
-_SIMULATION_ANSWERS = ("reward_logits", "next_latent", "sim_policy_logits", "sim_value_logits")
+_COUNTS = ("heads", "ctx", "envs", "steps", "sims")
+_SIZES = {"layers": "num_layers", "embed": "embed_dim", "actions": "num_actions"}
+"""What may be said besides, and must be what the weights are."""
+
+_SUPPORT = "support"
+_OTHER_COUNTS = (*_SIZES, _SUPPORT, "blocks", "simnorm_group")
+
+_LAST_TIMESTEP = 2**29
+"""Positions are twice a step's number and must fit in 32 bits."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,20 +56,14 @@ def read(path: str | Path) -> Trace:
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: the file is no trace, is incomplete, or needs a window mode that is not supported.
+      ValueError: the file is no trace, is damaged, incomplete or too large, says a count that is
+        none or an index out of range, or needs a window mode that is not supported.
     """
     path = Path(path)
     arrays = archive.read_arrays(path)
     described = _read_description(path, arrays)
-    weights = {
-        name.removeprefix("weights/"): array
-        for name, array in arrays.items()
-        if name.startswith("weights/")
-    }
-    if not weights:
-        raise ValueError(f"{path} holds no weights: it is no world-model trace")
     config, params = checkpoint.load(
-        weights,
+        _weights(path, arrays),
         num_heads=described["heads"],
         context_length=described["ctx"],
         window_mode=archive.window_mode(path, described),
@@ -77,7 +79,9 @@ def read(path: str | Path) -> Trace:
         pads_are_read="0.2.0" in described["source"],
         arrays=arrays,
     )
-    _check_complete(path, trace)
+    _check_sizes(path, described, trace)
+    for index in range(trace.num_steps):
+        _check_step(path, trace, f"step{index}/")
     return trace
 
 
@@ -86,30 +90,71 @@ def _read_description(path: Path, arrays: dict[str, Array]) -> dict[str, Any]:
     if found != "world model":
         raise ValueError(f"{path} is a trace of {found}, not of a world model")
     described = archive.read_config(path, arrays)
-    names = {"heads", "ctx", "envs", "steps", "sims", "source"}
-    archive.check_fields(path, "config", described, names)
+    archive.check_fields(path, archive.DESCRIPTION, described, {*_COUNTS, "source"})
+    for name in (*_COUNTS, *(name for name in _OTHER_COUNTS if name in described)):
+        archive.count(path, archive.DESCRIPTION, described, name)
+    if not isinstance(described["source"], str):
+        raise ValueError(f"{path}: config says source {described['source']!r}, expected text")
     return described
 
 
-def _check_complete(path: Path, trace: Trace) -> None:
+def _weights(path: Path, arrays: dict[str, Array]) -> dict[str, Array]:
+    prefix = "weights/"
+    weights = {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
+    if not weights:
+        raise ValueError(f"{path} holds no weights: it is no world-model trace")
+    for name, array in weights.items():
+        if array.dtype.kind not in "biuf":
+            raise ValueError(f"{path}: {prefix}{name} holds {array.dtype}, expected numbers")
+    return weights
+
+
+def _check_sizes(path: Path, described: dict[str, Any], trace: Trace) -> None:
+    """What the description says must be what the weights are, and what a replay has room for."""
+    config = trace.config
+    sizes = {name: getattr(config, field) for name, field in _SIZES.items()}
+    for name, size in (sizes | {_SUPPORT: config.support_size}).items():
+        if described.get(name, size) != size:
+            raise ValueError(f"{path}: config says {name} {described[name]}, the weights {size}")
+    windows = trace.num_envs * (trace.num_simulations + 1)
+    token = 4 * math.prod(config.window.token_shape)
+    what = f"{path}: {windows:,} windows of {config.context_length:,} tokens are too large"
+    npz.check_bytes(what, windows * config.context_length * token)
+
+
+def _check_step(path: Path, trace: Trace, prefix: str) -> None:
+    """Every array of a step must be there, in its shape, finite and in range."""
     config, rows, sims = trace.config, trace.num_envs, trace.num_simulations
-    shapes: dict[str, tuple[int, ...]] = {}
-    shapes |= dict.fromkeys(("action", "timestep", "length"), (rows,))
-    shapes |= dict.fromkeys(("parent", "sim_action", "depth"), (sims, rows))
-    shapes |= {"latent": (rows, config.embed_dim)}
-    shapes |= {"prev_latent": (rows, config.embed_dim)}
-    shapes |= {"next_latent": (sims, rows, config.embed_dim)}
-    shapes |= {"policy_logits": (rows, config.num_actions)}
-    shapes |= {"sim_policy_logits": (sims, rows, config.num_actions)}
-    shapes |= {"value_logits": (rows, config.support_size)}
+    by_row, by_simulation, node = (rows,), (sims, rows), np.arange(sims)[:, None]
+    indices: dict[str, tuple[tuple[int, ...], int, int | Array]] = {
+        "action": (by_row, FIRST_STEP, config.num_actions - 1),
+        "timestep": (by_row, 0, _LAST_TIMESTEP),
+        "length": (by_row, 1, config.context_length),
+        "parent": (by_simulation, 0, node),
+        "sim_action": (by_simulation, 0, config.num_actions - 1),
+        "depth": (by_simulation, 1, node + 1),
+    }
+    numbers: dict[str, tuple[int, ...]] = {}
+    numbers |= dict.fromkeys(("prev_latent", "latent"), (rows, config.embed_dim))
+    numbers |= {"policy_logits": (rows, config.num_actions)}
+    numbers |= {"value_logits": (rows, config.support_size)}
+    numbers |= {"next_latent": (sims, rows, config.embed_dim)}
+    numbers |= {"sim_policy_logits": (sims, rows, config.num_actions)}
     bins = (sims, rows, config.support_size)
-    shapes |= {"reward_logits": bins, "sim_value_logits": bins}
-    for index, step in enumerate(trace.steps()):
-        for name in (*_INPUTS, *_ANSWERS, *_SIMULATION_ANSWERS):
-            if name not in step:
-                raise ValueError(f"{path}: step{index}/{name} is missing")
-            if step[name].shape != shapes[name]:
-                raise ValueError(
-                    f"{path}: step{index}/{name} has shape {step[name].shape},"
-                    f" expected {shapes[name]}"
-                )
+    numbers |= dict.fromkeys(("reward_logits", "sim_value_logits"), bins)
+    for name, (shape, first, last) in indices.items():
+        archive.check_indices(path, trace.arrays, prefix + name, shape, first, last)
+    for name, shape in numbers.items():
+        archive.check_array(path, trace.arrays, prefix + name, shape)
+    for row in range(rows):
+        _check_window(path, trace, prefix, row)
+
+
+def _check_window(path: Path, trace: Trace, prefix: str, row: int) -> None:
+    """Keys and values of a row, of as many tokens both."""
+    layers, _, heads, size = trace.config.window.token_shape
+    keys = trace.arrays.get(f"{prefix}k{row}")
+    tokens = keys.shape[2] if keys is not None and keys.ndim == 4 else 1
+    for part in ("k", "v"):
+        shape = (layers, heads, tokens, size)
+        archive.check_array(path, trace.arrays, f"{prefix}{part}{row}", shape)
