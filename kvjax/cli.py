@@ -25,22 +25,52 @@ from kvjax.planner import ROUTES
 
 DEFAULT_AGENT = "cartpole_masked"
 
-_USER_ERRORS = (ValueError, OSError, ImportError)
+_USER_ERRORS = (ValueError, OSError, ImportError, MemoryError)
+_TOLD_BY_JAX = ("RESOURCE_EXHAUSTED", "Unable to initialize backend")
+"""What jax says in a `RuntimeError` that is no fault of a program."""
 _BAD_INPUT = 2
+_INTERRUPTED = 130
+
+_measured: list[Callable[[], None]] = []
+"""Print what a command has measured that has not come to its end."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code, 0 only on success."""
     args = _parser().parse_args(argv)
     logging.getLogger("jax").setLevel(logging.ERROR)
+    _measured.clear()
     try:
-        return int(args.run(args))
+        code = int(args.run(args))
+        sys.stdout.flush()
+        return code
     except _USER_ERRORS as error:
-        print(f"kvjax {args.command}: {error}", file=sys.stderr)
-        return _BAD_INPUT
+        return _stop(args.command, str(error) or type(error).__name__, _BAD_INPUT)
     except KeyboardInterrupt:
-        print(f"kvjax {args.command}: interrupted", file=sys.stderr)
-        return 130
+        return _stop(args.command, "interrupted", _INTERRUPTED)
+    except RuntimeError as error:
+        if not any(text in str(error) for text in _TOLD_BY_JAX):
+            raise
+        return _stop(args.command, str(error), _BAD_INPUT)
+
+
+def leave() -> None:
+    """Prints what has been measured so far and leaves no unfinished file: the process ends."""
+    files.discard_unfinished()
+    _print_measured()
+
+
+def _stop(command: str, why: str, code: int) -> int:
+    _print_measured()
+    print(f"kvjax {command}: {' '.join(why.split())}", file=sys.stderr)
+    return code
+
+
+def _print_measured() -> None:
+    with contextlib.suppress(OSError):  # standard output may be what failed
+        while _measured:
+            _measured.pop()()
+        sys.stdout.flush()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -225,7 +255,7 @@ def _origins(found: Found) -> list[str]:
 
 
 def _play(args: argparse.Namespace) -> int:
-    from kvjax.play import Status, play
+    from kvjax.play import AnimationError, Status, play
 
     found = _find_agent(args)
     search_config = SearchConfig(num_simulations=args.simulations)
@@ -237,19 +267,30 @@ def _play(args: argparse.Namespace) -> int:
             text = f"{status.finished}/{args.episodes} episodes, {status.steps} steps{mean}"
             bar.update(task, completed=status.fraction, description=text)
 
-        summary = play(
-            found.agent,
-            episodes=args.episodes,
-            search_config=search_config,
-            seed=args.seed,
-            route=args.route,
-            keep_context=not args.no_context,
-            gif_path=args.gif,
-            progress=show,
-        )
+        try:
+            summary = play(
+                found.agent,
+                episodes=args.episodes,
+                search_config=search_config,
+                seed=args.seed,
+                route=args.route,
+                keep_context=not args.no_context,
+                gif_path=args.gif,
+                progress=show,
+            )
+        except AnimationError as error:
+            _measured.append(functools.partial(_print_summary, args, found, error.summary))
+            raise
+    _print_summary(args, found, summary, args.gif)
+    return 0
+
+
+def _print_summary(
+    args: argparse.Namespace, found: Found, summary: Any, animation: str | None = None
+) -> None:
     if args.json:
         _print_json(dataclasses.asdict(summary) | {"origins": dict(found.origins)})
-        return 0
+        return
     _print_table(
         "kvjax play",
         {
@@ -262,9 +303,8 @@ def _play(args: argparse.Namespace) -> int:
             "whole run": f"{summary.seconds:.1f} s",
         }
         | {"model": "\n".join(_origins(found))}
-        | ({"animation": args.gif} if args.gif else {}),
+        | ({"animation": animation} if animation else {}),
     )
-    return 0
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -327,26 +367,44 @@ def _bench(args: argparse.Namespace) -> int:
     }
     if args.plot and args.what != "exactness":
         raise ValueError(f"--plot belongs to bench exactness, not to bench {args.what}")
+    rows: list[dict[str, Any]] = []
+    _measured.append(lambda: _print_result(args, {"rows": rows, "complete": False}))
     with _progress_bar() as bar:
         task = bar.add_task("measuring", total=1.0)
         result = runs[args.what](
             only=args.only,
             progress=lambda fraction, text: bar.update(task, completed=fraction, description=text),
+            rows=rows,
         )
-    if args.json:
-        _print_json(result)
-    else:
-        if result["rows"]:
-            _print_rows(f"kvjax bench {args.what}", result["rows"])
-        for extra in result.keys() - {"machine", "versions", "rows"}:
-            found = result[extra]
-            _print_rows(extra, found if isinstance(found, list) else [found])
+    _measured.clear()
+    _print_result(args, result)
     return 0
 
 
-def _progress_bar() -> Progress:
+def _print_result(args: argparse.Namespace, result: dict[str, Any]) -> None:
+    """A benchmark's result, or the rows of one that did not come to its end, if there are any."""
+    complete = result.get("complete", True)
+    if args.json and (complete or result["rows"]):
+        _print_json(result)
+        return
+    if result["rows"]:
+        _print_rows(f"kvjax bench {args.what}", result["rows"])
+    for extra in result.keys() - {"machine", "versions", "rows", "complete"}:
+        found = result[extra]
+        _print_rows(extra, found if isinstance(found, list) else [found])
+
+
+@contextlib.contextmanager
+def _progress_bar() -> Iterator[Progress]:
+    """A bar on standard error, which is gone where an error's line takes its place."""
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=Console(stderr=True))
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        try:
+            yield bar
+        except BaseException:
+            bar.live.transient = True
+            bar.console.quiet = not bar.console.is_interactive
+            raise
 
 
 def _print_json(content: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from typing import BinaryIO
 PARTIAL = ".partial"
 """Suffix of a file that is being written; it lies beside the one that it becomes."""
 
+_unfinished: set[Path] = set()
 _log = logging.getLogger(__name__)
 
 
@@ -42,12 +43,21 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
     target, partial = _names(path)
     with _told(path):
         try:
+            _unfinished.add(partial)
             with partial.open("xb") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(target)
         finally:
+            partial.unlink(missing_ok=True)
+            _unfinished.discard(partial)
+
+
+def discard_unfinished() -> None:
+    """Removes what is being written: for a process that ends without unwinding."""
+    for partial in tuple(_unfinished):
+        with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from kvjax import files
+
 DEFAULT_FPS = 30
 
 _MAX_WIDTH = 300  # pixels; wider frames are thinned
@@ -21,6 +23,7 @@ class Frames:
     Raises:
       ValueError: the path cannot be a GIF's, or what draws it is not installed; said before the
         first frame, so that no episode is played in vain.
+      OSError: the file cannot be written; likewise.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -33,6 +36,7 @@ class Frames:
         missing = [name for name in ("PIL", "pygame") if not importlib.util.find_spec(name)]
         if missing:
             raise ValueError(f"drawing needs {', '.join(missing)}: pip install 'kvjax[gif]'")
+        files.require_writable(self._path)
         for name, value in _QUIET_PYGAME.items():
             os.environ.setdefault(name, value)
 
@@ -49,9 +53,15 @@ class Frames:
         self._frames.append(image[::step, ::step])
 
     def write(self, fps: float) -> None:
-        """Writes the file, `fps` frames a second, looping for ever."""
+        """Writes the file, `fps` frames a second, looping for ever.
+
+        Raises:
+          OSError: the file cannot be written; what was there before is left.
+        """
         from PIL import Image
 
         first, *others = [Image.fromarray(frame) for frame in self._frames]
         duration = round(1000 / fps)
-        first.save(self._path, save_all=True, append_images=others, duration=duration, loop=0)
+        options = {"save_all": True, "append_images": others, "duration": duration, "loop": 0}
+        with files.replacing(self._path) as file:
+            first.save(file, format="GIF", **options)

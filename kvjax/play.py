@@ -26,6 +26,9 @@ Array = np.ndarray[Any, Any]
 MAX_BATCH = 8
 """Environments that are searched together at most."""
 
+MAX_EPISODES = 1_000_000
+LAST_SEED = 2**32 - 1
+
 
 @dataclasses.dataclass(frozen=True)
 class Status:
@@ -47,6 +50,14 @@ class Summary:
     searches_per_second: float  # searches alone: no compilation, no environment
     compile_seconds: float
     seconds: float  # of the whole run
+
+
+class AnimationError(OSError):
+    """The episodes were played, but their animation could not be written."""
+
+    def __init__(self, why: Exception, summary: Summary) -> None:
+        super().__init__(str(why))
+        self.summary = summary
 
 
 @dataclasses.dataclass
@@ -96,11 +107,12 @@ def play(
       progress: called before the first step and after every batch of steps.
 
     Raises:
-      ValueError: fewer than one episode, no or an unknown environment, an environment that does
-        not fit the model, or a GIF that cannot be drawn or written.
+      ValueError: fewer than one episode, a seed out of range, no or an unknown environment, an
+        environment that does not fit the model, or a GIF that cannot be drawn.
+      OSError: the GIF cannot be written, said before the first step; an `AnimationError`, which has
+        the summary, if that shows only at the end.
     """
-    if episodes < 1:
-        raise ValueError(f"episodes must be at least 1, got {episodes}")
+    _check_run(episodes, seed)
     if agent.environment is None:
         raise ValueError("the checkpoint names no environment: say which one to play")
     frames = None if gif_path is None else gif.Frames(gif_path)
@@ -121,12 +133,12 @@ def play(
                 frames.append(rows[0].env.render())
             run.step(keep_context)
             progress(run.status())
+    except gymnasium.error.Error as error:
+        raise ValueError(f"{agent.environment.env_id}: {error}") from error
     finally:
         for row in rows:
             row.env.close()
-    if frames is not None:
-        frames.write(rows[0].env.metadata.get("render_fps", gif.DEFAULT_FPS))
-    return Summary(
+    summary = Summary(
         returns=tuple(run.returns),
         mean_return=float(np.mean(run.returns)),
         steps=run.steps,
@@ -134,6 +146,25 @@ def play(
         compile_seconds=compile_seconds,
         seconds=time.perf_counter() - started,
     )
+    if frames is not None:
+        _animate(frames, rows[0].env.metadata.get("render_fps", gif.DEFAULT_FPS), summary)
+    return summary
+
+
+def _animate(frames: gif.Frames, fps: float, summary: Summary) -> None:
+    try:
+        frames.write(fps)
+    except (OSError, ValueError, MemoryError) as error:
+        raise AnimationError(error, summary) from error
+
+
+def _check_run(episodes: int, seed: int) -> None:
+    if episodes < 1:
+        raise ValueError(f"episodes must be at least 1, got {episodes}")
+    if episodes > MAX_EPISODES:
+        raise ValueError(f"episodes must be at most {MAX_EPISODES}, got {episodes}")
+    if not 0 <= seed <= LAST_SEED:
+        raise ValueError(f"seed must be in 0 .. {LAST_SEED}, got {seed}")
 
 
 class _Run:
@@ -215,8 +246,9 @@ def _make(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # CartPole-v0 is meant
             env = gymnasium.make(environment.env_id, render_mode="rgb_array" if render else None)
-    except gymnasium.error.Error as error:
-        raise ValueError(f"cannot make environment {environment.env_id!r}: {error}") from error
+    except Exception as error:  # of Gymnasium, of an import, of whoever wrote the environment
+        why = str(error) or type(error).__name__
+        raise ValueError(f"cannot make environment {environment.env_id!r}: {why}") from error
     space, scale = env.observation_space, environment.observation_scale
     if space.shape != config.observation_shape:
         raise ValueError(

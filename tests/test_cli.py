@@ -216,6 +216,12 @@ def test_verify(capsys, data):
         (("play", "absent"), "no such checkpoint: absent"),
         (("play", "--simulations", "0"), "num_simulations must be a positive integer, got 0"),
         (("play", "--episodes", "0"), "episodes must be at least 1, got 0"),
+        (("play", "--episodes", 10**12), "episodes must be at most 1000000, got 1000000000000"),
+        (("play", "--seed", "-5"), "seed must be in 0 .. 4294967295, got -5"),
+        (("play", "--seed", 10**30), "seed must be in 0 .. 4294967295, got 1000000000"),
+        (("play", "--env", "..:Env"), "cannot make environment '..:Env'"),
+        (("play", "--env", "no.such.module:Env"), "cannot make environment 'no.such.module:Env'"),
+        (("play", "--observation-scale", "nan,0,1,0"), "observation_scale must be numbers"),
         (("play", "--env", "NoSuchEnv-v0"), "cannot make environment 'NoSuchEnv-v0'"),
         (
             ("play", "--env", "MountainCar-v0"),
@@ -230,6 +236,15 @@ def test_verify(capsys, data):
         (("play", "--context-length", "10"), "was converted with context_length 8, got 10"),
         (("play", "--gif", "a.png"), "an animation's name must end in .gif, got a.png"),
         (("play", "--gif", "absent/a.gif"), "no such folder for the animation: absent"),
+        (("play", "--gif", "/proc/a.gif"), "cannot write /proc/a.gif"),
+        (("verify", "/dev/zero"), "/dev/zero is no file, expected a trace"),
+        (("verify", "/"), "/ is a folder, expected a trace"),
+        (("verify", "a" * 5000), "File name too long"),
+        (("verify", "absent.npz", "--tolerance", "inf"), "tolerance must be at least 0 and finite"),
+        (("bench", "exactness", "--plot", "absent/a.png"), "no such folder"),
+        (("bench", "exactness", "--plot", "a.xyz"), "a plot's name must end in one of"),
+        (("bench", "ops", "--only", "embed=3"), "no op matches 'embed=3'"),
+        (("bench", "exactness", "--only", "mode=none"), "no row matches 'mode=none'"),
         (("verify", "absent.npz"), "no such trace: absent.npz"),
         (("convert", "absent.pth.tar", "x.safetensors"), "no such checkpoint"),
         (("bench", "search", "--only", "embed=3"), "no benchmark row matches 'embed=3'"),
@@ -239,8 +254,33 @@ def test_bad_input_is_an_error_message_and_exit_code_2(capsys, arguments, messag
     code, out, err = run(capsys, *arguments)
     assert code == 2
     assert out == ""
-    assert message in err.replace("\n", "")
-    assert f"kvjax {arguments[0]}: " in err
+    assert message in err
+    assert err.startswith(f"kvjax {arguments[0]}: ")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        OSError("one\ntwo"),
+        RuntimeError("RESOURCE_EXHAUSTED: Out of memory\nallocating 3 bytes."),
+        RuntimeError("Unable to initialize backend 'x'"),
+        KeyboardInterrupt(),
+    ],
+)
+def test_what_is_no_fault_of_the_program_is_one_line(capsys, monkeypatch, error):
+    monkeypatch.setattr(cli, "_verify", lambda args: (_ for _ in ()).throw(error))
+    code, out, err = run(capsys, "verify", "a.npz")
+    told = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error) or "MemoryError"
+    assert (code, out) == (130 if told == "interrupted" else 2, "")
+    assert err == f"kvjax verify: {' '.join(told.split())}\n"
+
+
+def test_a_fault_of_the_program_is_not_hidden(monkeypatch):
+    monkeypatch.setattr(cli, "_verify", lambda args: next(iter([])))
+    with pytest.raises(StopIteration):
+        cli.main(["verify", "a.npz"])
 
 
 def test_bad_torch_checkpoints(capsys, data, tmp_path):

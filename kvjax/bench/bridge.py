@@ -34,8 +34,15 @@ CASES = (
 )
 
 
-def run(*, only: str = "", progress: Progress = lambda fraction, text: None) -> dict[str, Any]:
+def run(
+    *,
+    only: str = "",
+    progress: Progress = lambda fraction, text: None,
+    rows: list[dict[str, Any]] | None = None,
+) -> dict[str, Any]:
     """Measures every case whose label contains all comma-separated parts of `only`.
+
+    Rows are added to `rows` as they are measured.
 
     Returns:
       The fields of `--json`: machine, versions and one row per case.
@@ -46,7 +53,7 @@ def run(*, only: str = "", progress: Progress = lambda fraction, text: None) -> 
     if not lightzero_020.available():
         raise ValueError("this benchmark needs LightZero 0.2.0 and torch: make test installs them")
     cases = choose(CASES, only)
-    rows = []
+    rows = [] if rows is None else rows
     for index, case in enumerate(cases):
         progress(index / len(cases), case.label())
         rows.append(_row(case))

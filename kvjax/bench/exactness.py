@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvjax import checkpoint, step, world_model
+from kvjax import checkpoint, files, step, world_model
 from kvjax.bench import timing
 from kvjax.config import WINDOW_MODES, WindowMode, WorldModelConfig
 from kvjax.ops import window as windows
@@ -61,12 +61,14 @@ def run(
     only: str = "",
     progress: Progress = lambda fraction, text: None,
     plot: str | Path | None = None,
+    rows: list[dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Compares every mode with both references, with trained and with random weights.
 
     Args:
       only: comma-separated parts of a row's label, e.g. "mode=rebuild,weights=trained".
       plot: writes a picture of the errors along the episode, as matplotlib understands the name.
+      rows: where rows are added as they are measured.
 
     Returns:
       The fields of `--json`: machine, versions, and one row per weights, mode and reference. A row
@@ -75,8 +77,9 @@ def run(
       `series`, the larger relative error of the last layer's keys and values at each step.
 
     Raises:
-      ValueError: no row fits `only`.
+      ValueError: no row fits `only`, or matplotlib writes no plot of that name.
       ImportError: a plot without matplotlib.
+      OSError: the plot cannot be written; said before anything is measured.
     """
     parts = [part for part in only.split(",") if part]
     labels: list[tuple[str, WindowMode]] = [
@@ -90,7 +93,10 @@ def run(
             f"no row matches {only!r}; say mode=, one of {', '.join(WINDOW_MODES)}, or weights=,"
             f" one of {', '.join(WEIGHTS)}"
         )
-    rows: list[dict[str, Any]] = []
+    if plot is not None:
+        _plot_format(plot)
+        files.require_writable(plot)
+    rows = [] if rows is None else rows
     for index, (weights, mode) in enumerate(labels):
         progress(index / len(labels), f"{weights} weights, {mode}")
         case = make_case(weights, mode)
@@ -238,12 +244,23 @@ def _relative(ours: Array, theirs: Array) -> Array:
     return error
 
 
-def draw(rows: list[dict[str, Any]], path: str | Path) -> None:
-    """Draws each row's `series`, one panel for each weights and reference."""
+def _plot_format(path: str | Path) -> str:
+    """What matplotlib calls the file's format."""
     try:
-        from matplotlib.figure import Figure
+        from matplotlib.backend_bases import FigureCanvasBase
     except ImportError as error:
         raise ImportError("drawing a plot needs matplotlib (pip install matplotlib)") from error
+    suffix, known = Path(path).suffix.lower().removeprefix("."), FigureCanvasBase.filetypes
+    if suffix not in known:
+        raise ValueError(f"a plot's name must end in one of .{', .'.join(sorted(known))}: {path}")
+    return suffix
+
+
+def draw(rows: list[dict[str, Any]], path: str | Path) -> None:
+    """Draws each row's `series`, one panel for each weights and reference."""
+    picture = _plot_format(path)
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(9, 6), layout="constrained")
     panels = figure.subplots(len(WEIGHTS), len(REFERENCES), sharex=True, sharey=True)
     for line, weights in zip(panels, WEIGHTS, strict=True):
@@ -255,4 +272,5 @@ def draw(rows: list[dict[str, Any]], path: str | Path) -> None:
                     axes.plot(np.maximum(row["series"], 1e-8), label=row["mode"], linewidth=1.2)
             axes.grid(alpha=0.3)
     panels[0][0].legend(fontsize="small")
-    figure.savefig(path, dpi=120)
+    with files.replacing(path) as file:
+        figure.savefig(file, format=picture, dpi=120)

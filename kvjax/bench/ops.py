@@ -52,8 +52,15 @@ SIZES = (
 )
 
 
-def run(*, only: str = "", progress: Progress = lambda fraction, text: None) -> dict[str, Any]:
+def run(
+    *,
+    only: str = "",
+    progress: Progress = lambda fraction, text: None,
+    rows: list[dict[str, Any]] | None = None,
+) -> dict[str, Any]:
     """Measures all ops, or those whose name contains `only`.
+
+    Rows are added to `rows` as they are measured.
 
     Returns:
       The fields of `--json`: machine, versions, one row per op and size, look-ups per second beside
@@ -65,7 +72,7 @@ def run(*, only: str = "", progress: Progress = lambda fraction, text: None) -> 
     names = [name for name in _OPS if only in name]
     if not names:
         raise ValueError(f"no op matches {only!r}; ops are {', '.join(_OPS)}")
-    rows = []
+    rows = [] if rows is None else rows
     for index, size in enumerate(SIZES):
         for at, name in enumerate(names):
             progress((index + at / len(names)) / (len(SIZES) + 1), f"{name}, {size.name}")

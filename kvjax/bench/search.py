@@ -53,8 +53,15 @@ GROWTH = (
 """A small and a large tree, and how eager each is to explore: so that both are equally deep."""
 
 
-def run(*, only: str = "", progress: Progress = lambda fraction, text: None) -> dict[str, Any]:
+def run(
+    *,
+    only: str = "",
+    progress: Progress = lambda fraction, text: None,
+    rows: list[dict[str, Any]] | None = None,
+) -> dict[str, Any]:
     """Measures every case whose label contains all comma-separated parts of `only`.
+
+    Rows are added to `rows` as they are measured.
 
     Returns:
       The fields of `--json`: machine, versions, one row per case, and `growth` where `only` is
@@ -64,7 +71,7 @@ def run(*, only: str = "", progress: Progress = lambda fraction, text: None) -> 
       ValueError: no case fits `only`.
     """
     cases, grows = choose(CASES, only, besides=(_GROWTH,)), only in ("", _GROWTH)
-    total, rows = sum(_rounds(case) for case in cases), []
+    total, rows = sum(_rounds(case) for case in cases), [] if rows is None else rows
     for index, case in enumerate(cases):
         before, label = sum(_rounds(case) for case in cases[:index]), case.label()
         progress(before / total, f"{label}: building")

@@ -16,10 +16,12 @@ from typing import Any
 
 import numpy as np
 
+from kvjax import files
 from kvjax.config import WorldModelConfig, require
 from kvjax.lightzero import checkpoint, trace
 from kvjax.lightzero.trace import Trace
 from kvjax.step import FIRST_STEP
+from kvjax.values import is_integer, make_plain
 
 Array = np.ndarray[Any, Any]
 Arrays = dict[str, Array]
@@ -59,6 +61,7 @@ def record_trace(
       The trace as `kvjax verify` reads it.
 
     Raises:
+      OSError: the file cannot be written; said before the model is asked.
       ValueError: a model that kvjax does not read, sizes that do not fit it, a model whose caches
         something else manages, or one that gives two nodes of a step the same latent, which
         LightZero then takes for each other (an untrained observation head, all zeros, does).
@@ -69,10 +72,11 @@ def record_trace(
     require(path.suffix == ".npz", f"a trace's name must end in .npz, got {path}")
     sizes = _Sizes(_rows(model, rows), steps, simulations)
     sizes.check(model)
+    files.require_writable(path)
     arrays = _Session(model, config, sizes, np.random.default_rng(seed)).run()
     arrays |= _weights(model)
     arrays["config"] = np.array(json.dumps(_description(model, config, sizes)))
-    with path.open("wb") as file:
+    with files.replacing(path) as file:
         np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
     return trace.read(path)
 
@@ -84,8 +88,9 @@ class _Sizes:
     simulations: int  # N
 
     def check(self, model: Any) -> None:
+        make_plain(self)
         for name, value in dataclasses.asdict(self).items():
-            require(isinstance(value, int) and value >= 1, f"{name} must be at least 1: {value!r}")
+            require(is_integer(value) and value >= 1, f"{name} must be at least 1: {value!r}")
         require(
             self.rows <= model.env_num,
             f"rows must be at most the model's env_num {model.env_num}, got {self.rows}",
