@@ -3,9 +3,11 @@
 import argparse
 import contextlib
 import dataclasses
+import errno
 import functools
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -62,7 +64,8 @@ def leave() -> None:
 
 def _stop(command: str, why: str, code: int) -> int:
     _print_measured()
-    print(f"kvjax {command}: {' '.join(why.split())}", file=sys.stderr)
+    with contextlib.suppress(OSError):
+        print(f"kvjax {command}: {' '.join(why.split())}", file=sys.stderr)
     return code
 
 
@@ -233,7 +236,7 @@ def _environment(args: argparse.Namespace, agent: Checkpoint) -> EnvironmentConf
         if args.observation_scale is not None:
             raise ValueError("--observation-scale needs --env")
         return None
-    env_id = args.env or (stored.env_id if stored else "")
+    env_id = args.env if stored is None or args.env is not None else stored.env_id
     scale = args.observation_scale
     if scale is None and stored is not None and env_id == stored.env_id:
         scale = stored.observation_scale
@@ -394,11 +397,19 @@ def _print_result(args: argparse.Namespace, result: dict[str, Any]) -> None:
         _print_rows(extra, found if isinstance(found, list) else [found])
 
 
+class _Output(Console):
+    """A console that leaves it to `main` what a closed pipe means."""
+
+    def on_broken_pipe(self) -> None:
+        """Raises what rich would end the process for, with exit code 1."""
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+
 @contextlib.contextmanager
 def _progress_bar() -> Iterator[Progress]:
     """A bar on standard error, which is gone where an error's line takes its place."""
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with Progress(*columns, console=_Output(stderr=True)) as bar:
         try:
             yield bar
         except BaseException:
@@ -415,7 +426,7 @@ def _print_table(title: str, rows: dict[str, str]) -> None:
     table = Table(title=title, title_justify="left", show_header=False)
     for name, value in rows.items():
         table.add_row(name, value)
-    Console().print(table)
+    _Output().print(table)
 
 
 def _print_rows(title: str, rows: list[dict[str, Any]]) -> None:
@@ -424,7 +435,7 @@ def _print_rows(title: str, rows: list[dict[str, Any]]) -> None:
     for row in rows:
         shown = (row[name] for name in columns)
         table.add_row(*(f"{v:.3g}" if isinstance(v, float) else str(v) for v in shown))
-    Console().print(table)
+    _Output().print(table)
 
 
 if __name__ == "__main__":

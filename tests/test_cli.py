@@ -1,10 +1,12 @@
 """The command line as a user meets it: results, exit codes, messages."""
 
 import json
+import os
+import sys
 
 import pytest
 
-from kvjax import cli
+from kvjax import cli, play
 
 
 def run(capsys, *arguments):
@@ -219,6 +221,7 @@ def test_verify(capsys, data):
         (("play", "--episodes", 10**12), "episodes must be at most 1000000, got 1000000000000"),
         (("play", "--seed", "-5"), "seed must be in 0 .. 4294967295, got -5"),
         (("play", "--seed", 10**30), "seed must be in 0 .. 4294967295, got 1000000000"),
+        (("play", "--env", ""), "env_id must name a Gymnasium environment, got ''"),
         (("play", "--env", "..:Env"), "cannot make environment '..:Env'"),
         (("play", "--env", "no.such.module:Env"), "cannot make environment 'no.such.module:Env'"),
         (("play", "--observation-scale", "nan,0,1,0"), "observation_scale must be numbers"),
@@ -275,6 +278,22 @@ def test_what_is_no_fault_of_the_program_is_one_line(capsys, monkeypatch, error)
     told = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error) or "MemoryError"
     assert (code, out) == (130 if told == "interrupted" else 2, "")
     assert err == f"kvjax verify: {' '.join(told.split())}\n"
+
+
+@pytest.mark.parametrize("flags", [(), ("--json",)])
+def test_a_closed_pipe_is_one_line(capsys, monkeypatch, flags):
+    """Rich would end the process with exit code 1, which means that a trace is not verified."""
+    summary = play.Summary((7.0,), 7.0, 7, 1.0, 1.0, 1.0)
+    monkeypatch.setattr(play, "play", lambda *args, **options: summary)
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w", buffering=1) as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        code = cli.main(["play", *flags])
+        monkeypatch.undo()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), writer)  # it still holds what it could not write
+    assert code == 2
+    assert capsys.readouterr().err.endswith("kvjax play: [Errno 32] Broken pipe\n")
 
 
 def test_a_fault_of_the_program_is_not_hidden(monkeypatch):
