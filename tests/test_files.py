@@ -111,3 +111,20 @@ def test_what_a_killed_process_leaves_is_told(tmp_path, caplog):
         attempt(path)
         assert f"{left} was never finished" in caplog.text
     assert path.read_bytes() == b"new"
+
+
+def test_a_process_that_ends_without_unwinding_leaves_nothing(tmp_path):
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"before")
+
+    def write():
+        with files.replacing(path) as file:
+            file.write(b"half")
+            assert len(os.listdir(tmp_path)) == 2
+            files.discard_unfinished()
+            assert os.listdir(tmp_path) == ["a.bin"]
+
+    with pytest.raises(OSError, match="cannot write"):
+        write()
+    assert path.read_bytes() == b"before"
+    assert os.listdir(tmp_path) == ["a.bin"]

@@ -344,20 +344,12 @@ def test_arrays_come_as_numpy_reads_them(tmp_path):
             assert found[name].dtype == array.dtype.newbyteorder("=")
 
 
-SOURCES = {
-    "world model": "lightzero_020_abs.npz",
-    "trees": "lightzero_main_trees.npz",
-    "episodes": "cartpole_masked_episodes.npz",
-}
-
-
-@pytest.mark.parametrize("kind", SOURCES)
+@pytest.mark.parametrize("kind", READERS)
 def test_a_flipped_bit_is_refused_or_changes_nothing(tmp_path, kind):
     """Checksums cover the arrays; dates and the like are nobody's business."""
     path, rng, tries = tmp_path / "t.npz", np.random.default_rng(0), 1000 if FULL else 20
     np.savez_compressed(path, **good(kind))
-    content = bytearray((DATA / SOURCES[kind] if FULL else path).read_bytes())
-    path.write_bytes(content)
+    content = bytearray(path.read_bytes())
     right, refused = npz.read_arrays(path), 0
     for bit in rng.integers(8 * len(content), size=tries).tolist():
         content[bit // 8] ^= 1 << bit % 8
