@@ -387,7 +387,7 @@ def clear(pool: Pool, segment: jax.Array | int | None = None) -> Pool:
       segment: [] integer; all segments by default.
     """
     low, high = pool.segments[:, SEGMENT_ERA].T
-    era = jnp.stack([low + 1, high + (low + 1 == 0)], axis=1)
+    era = jnp.stack([low + 1, high + (low + 1 == 0).astype(jnp.uint32)], axis=1)
     fresh = jnp.zeros_like(pool.segments).at[:, SEGMENT_ERA].set(era)
     if segment is not None:
         chosen = jnp.arange(pool.segments.shape[0]) == segment

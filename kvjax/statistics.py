@@ -37,7 +37,7 @@ def add(counters: jax.Array, **amounts: jax.Array) -> jax.Array:
     """Adds amounts to the counters of those names: [] each, or all [B], which are summed."""
     amount = jnp.sum(_table(amounts).reshape(len(COUNTERS), -1), axis=1, dtype=jnp.uint32)
     low, high = counters[:, 0] + amount, counters[:, 1]
-    return jnp.stack([low, high + (low < amount)], axis=1)
+    return jnp.stack([low, high + (low < amount).astype(jnp.uint32)], axis=1)
 
 
 def maximum(counters: jax.Array, **values: jax.Array) -> jax.Array:
