@@ -359,9 +359,11 @@ class SearchConfig:
         self._check_size()
         if self.max_depth is not None:
             require_positive(self, "max_depth")
-        require_numbers(self, "discount", "noise_fraction", "temperature", "pb_c_init")
+        require_numbers(self, "noise_fraction", "temperature", "pb_c_init")
         require_above_zero(self, "dirichlet_alpha", "pb_c_base")
-        require(0.0 < self.discount <= 1.0, f"discount must be in (0, 1], got {self.discount}")
+        discount = self.discount
+        in_range = is_number(discount) and 0.0 < discount <= 1.0
+        require(in_range, f"discount must be in (0, 1], got {discount!r}")
         fraction = self.noise_fraction
         require(0.0 <= fraction <= 1.0, f"noise_fraction must be in [0, 1], got {fraction}")
         temperature = self.temperature

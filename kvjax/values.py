@@ -12,7 +12,7 @@ _LAST_INTEGER = 2**31 - 1
 
 
 def make_plain(owner: Any) -> None:
-    """Numpy's numbers and texts in the fields of a frozen owner become Python's, lists tuples.
+    """Numpy's numbers and texts in the fields of a frozen owner become Python's.
 
     Raises:
       ValueError: an integer is larger than 32 bits hold.
@@ -27,7 +27,7 @@ def make_plain(owner: Any) -> None:
 def _plain(value: Any) -> Any:
     if isinstance(value, np.generic):
         return value.item()
-    return tuple(map(_plain, value)) if isinstance(value, list | tuple) else value
+    return tuple(map(_plain, value)) if isinstance(value, tuple) else value
 
 
 def is_number(value: Any) -> bool:

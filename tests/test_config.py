@@ -89,7 +89,7 @@ def test_every_field_refuses_by_its_name(config, name):
 
 def numpy_value(value):
     if isinstance(value, tuple):
-        return [numpy_value(x) for x in value]
+        return tuple(numpy_value(x) for x in value)
     kinds = {int: np.int32, float: np.float64, str: np.str_, bool: np.bool_}
     return kinds[type(value)](value) if type(value) in kinds else value
 
@@ -108,7 +108,7 @@ def test_small_numpy_integers_do_not_overflow():
     assert WindowConfig(np.int8(100), np.int8(100), 4, 16).token_shape == (100, 2, 4, 16)
     assert SearchConfig(np.int8(127), kept_nodes=np.int8(100)).num_nodes == 228
     model = WorldModelConfig(
-        **(dataclasses.asdict(SMALL) | {"support": [np.int8(-100), np.int8(100)]})
+        **(dataclasses.asdict(SMALL) | {"support": (np.int8(-100), np.int8(100))})
     )
     assert model.support_size == 201
 
