@@ -136,8 +136,14 @@ def initial_inference(
             f' model\'s window_mode is "{config.window_mode}"'
         )
     validate_range("action", action, step.FIRST_STEP, config.num_actions - 1)
-    store, out = _uninterrupted(
+
+    def refuse(store: Store, out: Inference) -> None:
+        if miss_policy == "error" and not reanalysis:
+            _raise_on_miss(store, out.valid & ~out.hit & (action != step.FIRST_STEP))
+
+    return _uninterrupted(
         _initial,
+        refuse,
         params,
         store,
         last_latent,
@@ -150,9 +156,6 @@ def initial_inference(
         miss_policy=miss_policy,
         reanalysis=reanalysis,
     )
-    if miss_policy == "error" and not reanalysis:
-        _raise_on_miss(store, out.valid & ~out.hit & (action != step.FIRST_STEP))
-    return store, out
 
 
 def recurrent_inference(
@@ -213,8 +216,16 @@ def recurrent_inference(
     validate_range("action", action, 0, config.num_actions - 1)
     if rows > pools.total_slots(store.nodes):
         raise ValueError(f"{rows} rows do not fit into {pools.total_slots(store.nodes)} node slots")
-    store, out = _uninterrupted(
+
+    def refuse(store: Store, out: Inference) -> None:
+        if miss_policy == "error" and not reanalysis:
+            _raise_on_miss(store, out.valid & ~out.hit)
+        if full_policy == "error":
+            _raise_on_full(store, out.full)
+
+    return _uninterrupted(
         _recurrent,
+        refuse,
         params,
         store,
         latent,
@@ -230,23 +241,20 @@ def recurrent_inference(
         reanalysis=reanalysis,
         pads_are_read=pads_are_read,
     )
-    if miss_policy == "error" and not reanalysis:
-        _raise_on_miss(store, out.valid & ~out.hit)
-    if full_policy == "error" and not isinstance(out.full, jax.core.Tracer):
-        full = np.asarray(out.full)
-        if full.any():
-            raise StoreFullError(store, np.flatnonzero(full).tolist())
-    return store, out
 
 
 def _uninterrupted(
-    move: Callable[..., tuple[Store, Inference]], *args: Any, **options: Any
+    move: Callable[..., tuple[Store, Inference]],
+    refuse: Callable[[Store, Inference], None],
+    *args: Any,
+    **options: Any,
 ) -> tuple[Store, Inference]:
-    """Calls what moves a store; an interrupt brings the store that comes back."""
+    """Moves a store and looks at what came of it; an interrupt waits, and brings that store."""
     moved = None
     try:
         with interrupts.held():
             moved = move(*args, **options)
+            refuse(*moved)
     except KeyboardInterrupt as interrupt:
         if moved is None:
             raise
@@ -258,6 +266,11 @@ def _raise_on_miss(store: Store, missed: jax.Array) -> None:
     """On the host only: while an outer jit traces, nobody can tell."""
     if not isinstance(missed, jax.core.Tracer) and missed.any():
         raise CacheMissError(store, np.flatnonzero(missed).tolist())
+
+
+def _raise_on_full(store: Store, full: jax.Array) -> None:
+    if not isinstance(full, jax.core.Tracer) and np.asarray(full).any():
+        raise StoreFullError(store, np.flatnonzero(full).tolist())
 
 
 @functools.partial(

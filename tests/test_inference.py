@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import signal
+import threading
 
 import chex
 import jax
@@ -394,6 +395,24 @@ def test_an_interrupted_step_brings_its_store(monkeypatch):
     monkeypatch.undo()
     _, out = recurrent(error.value.store, np.asarray(error.value.out.latent), *ids)
     assert out.hit.all()
+
+
+def test_no_interrupt_loses_a_store():
+    """Whenever it comes: while a step is prepared, computed or waited for."""
+    store, root = first_step(fresh(), latents(0))
+    ids = zeros(), np.arange(ENVS), zeros() + 1, zeros()
+    store, out = recurrent(store, root.latent, *ids)
+    for attempt in range(60):
+        timer = threading.Timer(0.002 * attempt / 60, signal.raise_signal, [signal.SIGINT])
+        try:
+            timer.start()
+            while True:
+                store, out = recurrent(store, root.latent, *ids)
+        except KeyboardInterrupt as interrupt:
+            store = getattr(interrupt, "store", store)
+        timer.join()
+    store, again = recurrent(store, np.asarray(out.latent), *ids)
+    assert again.hit.all()
 
 
 def test_verified_keys_survive_a_broken_digest(monkeypatch):
