@@ -8,14 +8,14 @@ import numpy as np
 _LARGEST, _SMALLEST = (float(x) for x in (np.finfo(np.float32).max, np.finfo(np.float32).tiny))
 """Of float32, in which everything is computed; smaller ones are taken for 0."""
 
-_LAST_INTEGER = 2**31 - 1
+_LAST_INTEGER = 2**63 - 1
 
 
 def make_plain(owner: Any) -> None:
     """Numpy's numbers and texts in the fields of a frozen owner become Python's.
 
     Raises:
-      ValueError: an integer is larger than 32 bits hold.
+      ValueError: an integer is larger than 64 bits hold.
     """
     for field in dataclasses.fields(owner):
         value = _plain(getattr(owner, field.name))

@@ -90,7 +90,10 @@ SIZES = ("embed_dim", "num_layers", "num_actions", "observation_size", "max_toke
         (lambda t, m: m.update(kvjax='{"config": []}'), "configuration that kvjax cannot read"),
         (lambda t, m: m.update(kvjax='{"egal": 1}'), "configuration that kvjax cannot read"),
         (lambda t, m: environment(m, "x"), "configuration that kvjax cannot read"),
-        (lambda t, m: environment(m, {"env_id": 3}), "names the environment 3, expected text"),
+        (
+            lambda t, m: environment(m, {"env_id": 3}),
+            "env_id must name a Gymnasium environment, got 3",
+        ),
         (lambda t, m: described(m, support=["a", "b"]), "kvjax cannot read"),
         (lambda t, m: described(m, support=[-3.0, 3.0]), "kvjax cannot read"),
         (lambda t, m: described(m, embed_dim="16"), "kvjax cannot read: embed_dim must be"),

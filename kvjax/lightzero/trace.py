@@ -15,6 +15,7 @@ from kvjax.config import WorldModelConfig
 from kvjax.lightzero import archive, checkpoint, npz
 from kvjax.step import FIRST_STEP
 from kvjax.types import Params
+from kvjax.values import is_number
 
 Array = np.ndarray[Any, Any]
 
@@ -95,6 +96,9 @@ def _read_description(path: Path, arrays: dict[str, Array]) -> dict[str, Any]:
         archive.count(path, archive.DESCRIPTION, described, name)
     if not isinstance(described["source"], str):
         raise ValueError(f"{path}: config says source {described['source']!r}, expected text")
+    theta = described.get("rope_theta", 1.0)
+    if not is_number(theta):
+        raise ValueError(f"{path}: config says rope_theta {theta!r}, expected a finite number")
     return described
 
 
