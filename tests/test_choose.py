@@ -112,5 +112,5 @@ def test_gumbel_refuses_what_it_does_not_read(name, value, default):
 
 @pytest.mark.parametrize("temperature", [float("inf"), 1e39])
 def test_infinite_temperatures(temperature):
-    with pytest.raises(ValueError, match=r"temperature must be at most 3.403e\+38, got"):
+    with pytest.raises(ValueError, match="temperature must be a finite number, got"):
         SearchConfig(temperature=temperature)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from kvjax.config import BLOCK, WindowConfig, require_shape
 from kvjax.types import AlignedWindow, Window
 
-_KV = ("C", "L", 2, "H", "D")
+_KV = ("C", "L", "2", "H", "D")  # only windows that a model reads need just two kinds
 
 
 def init(config: WindowConfig) -> Window:
