@@ -184,7 +184,6 @@ def _parse(path: Path, described: dict[str, Any]) -> Checkpoint:
     """A checkpoint without its weights."""
     try:
         config = WorldModelConfig(**_with_tuples(described["config"]))
-        require(all(type(bin_) is int for bin_ in config.support), "support must be integers")
         environment = described["environment"]
         known = None if environment is None else EnvironmentConfig(**_with_tuples(environment))
         notes = tuple(map(str, described.get("notes", ())))

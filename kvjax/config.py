@@ -77,9 +77,9 @@ def require_count(name: str, value: Any) -> int:
 
 
 def require_positive(owner: Any, *names: str) -> None:
-    """Keeps each named field of a frozen owner as what `require_count` makes of it."""
+    """Raises `ValueError` unless each named field is a positive integer."""
     for name in names:
-        object.__setattr__(owner, name, require_count(name, getattr(owner, name)))
+        require_count(name, getattr(owner, name))
 
 
 def require_shape(name: str, array: Any, shape: tuple[int | str, ...]) -> None:
