@@ -121,7 +121,7 @@ def tests_with_errors(path: Path) -> list[str]:
             elif isinstance(node, ast.FunctionDef) and "pytest.raises" in ast.unparse(node):
                 ids.append(f"{prefix}::{node.name}")
 
-    visit(ast.parse(path.read_text()).body, f"tests/{path.name}")
+    visit(ast.parse(path.read_text()).body, str(path.relative_to(ROOT)))
     return [name for name in ids if name.rpartition("::")[2].startswith("test")]
 
 
@@ -167,4 +167,4 @@ if __name__ == "__main__":
     if sys.argv[1:]:  # some files, to standard output
         print("\n".join(map(line, collect([ROOT / name for name in sys.argv[1:]]))))
     else:
-        PAGE.write_text(page(collect(sorted((ROOT / "tests").glob("test_*.py")))))
+        PAGE.write_text(page(collect(sorted((ROOT / "tests").rglob("test_*.py")))))

@@ -1,35 +1,35 @@
 """The memory of a transformer world model while it is searched."""
 
-from kvjax import checkpoint, lightzero, ops
+import sys
+
+from kvjax import lightzero, ops
+from kvjax.base.dlpack import to_jax, to_torch
 from kvjax.config import SearchConfig, WindowConfig, WorldModelConfig
-from kvjax.contexts import init_contexts, replay
-from kvjax.dlpack import to_jax, to_torch
-from kvjax.inference import (
+from kvjax.mcts.inference import (
     CacheMissError,
+    Inference,
     StepInterrupt,
     StoreFullError,
     initial_inference,
     recurrent_inference,
 )
-from kvjax.params_update import on_params_update
-from kvjax.rollout import rollout
-from kvjax.search import prepare, search
-from kvjax.serialization import register as _register
-from kvjax.store import init_store, stats
-from kvjax.subtree import Kept, init_kept
-from kvjax.types import (
-    AlignedWindow,
-    Contexts,
-    Inference,
-    Pool,
-    Prediction,
-    SearchOutput,
-    Store,
-    Window,
-)
+from kvjax.mcts.output import SearchOutput
+from kvjax.mcts.params_update import on_params_update
+from kvjax.mcts.search import prepare, search
+from kvjax.mcts.serialization import register as _register
+from kvjax.mcts.subtree import Kept, init_kept
+from kvjax.model import checkpoint
+from kvjax.model import world_model as world_model
+from kvjax.model.contexts import Contexts, init_contexts, replay
+from kvjax.model.rollout import rollout
+from kvjax.model.step import Prediction
+from kvjax.ops.window import AlignedWindow, Window
+from kvjax.store import Store, init_store, stats
+from kvjax.store.pool import Pool
 
 __version__ = "0.1.0"
 
+sys.modules[f"{__name__}.checkpoint"] = checkpoint  # `import kvjax.checkpoint`
 _register()
 
 __all__ = [

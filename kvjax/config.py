@@ -2,12 +2,18 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterable
 from typing import Any, Literal, get_args
 
-import numpy as np
-
-from kvjax.values import is_integer, is_number, make_plain, require_above_zero, require_numbers
+from kvjax.base.values import (
+    is_integer,
+    is_number,
+    make_plain,
+    require,
+    require_above_zero,
+    require_numbers,
+    require_one_of,
+    require_positive,
+)
 
 BLOCK = 2
 """Tokens per environment step: one observation token and one action token."""
@@ -17,8 +23,6 @@ MIN_CONTEXT = 2 * BLOCK
 
 DTYPES = ("float32", "bfloat16", "float64")
 
-MAX_LISTED = 5
-"""Names that a message lists at most."""
 
 WindowMode = Literal["learned", "rope_lightzero", "rope_consistent", "rebuild", "reset"]
 WINDOW_MODES: tuple[WindowMode, ...] = get_args(WindowMode)
@@ -43,65 +47,6 @@ POOLED_SIDES = (84, 96)
 
 IMAGE_SIDES = (64, *POOLED_SIDES)
 """Sides in pixels of the square images that LightZero's encoder takes."""
-
-
-def require(condition: bool, message: str) -> None:
-    """Raises `ValueError` with the message unless the condition holds."""
-    if not condition:
-        raise ValueError(message)
-
-
-def require_type(name: str, value: Any, kind: type, maker: str) -> None:
-    """Raises `TypeError` unless the value is of a kind, with a word on where to find one."""
-    if isinstance(value, kind):
-        return
-    inside = [i for i, x in enumerate(value) if isinstance(x, kind)] if type(value) is tuple else []
-    if isinstance(getattr(value, name, None), kind):
-        hint = f"pass its .{name}"
-    else:
-        hint = f"pass its item {inside[0]}" if inside else f"{maker} makes one"
-    raise TypeError(f"{name} must be of type {kind.__name__}, got {describe(value)}: {hint}")
-
-
-def describe(value: Any) -> str:
-    """A value's type, and a plain value itself."""
-    name = type(value).__name__
-    return f"{name} {value!r}" if isinstance(value, int | float | str) else name
-
-
-def require_count(name: str, value: Any) -> int:
-    """The value as an `int`; raises `ValueError` unless it is a positive integer, numpy's too."""
-    is_integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    require(is_integer and bool(value >= 1), f"{name} must be a positive integer, got {value!r}")
-    return int(value)
-
-
-def require_positive(owner: Any, *names: str) -> None:
-    """Raises `ValueError` unless each named field is a positive integer."""
-    for name in names:
-        require_count(name, getattr(owner, name))
-
-
-def require_shape(name: str, array: Any, shape: tuple[int | str, ...]) -> None:
-    """Raises `ValueError` unless an array has that shape, in which letters stand for any size."""
-    came = np.shape(array)
-    fits = len(came) == len(shape) and all(
-        wanted == size or isinstance(wanted, str) for wanted, size in zip(shape, came, strict=True)
-    )
-    require(fits, f"{name} must have shape [{', '.join(map(str, shape))}], got {list(came)}")
-
-
-def require_one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    """Raises `ValueError` unless the value is one of the allowed ones."""
-    is_allowed = isinstance(value, str) and value in allowed
-    require(is_allowed, f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-
-
-def listed(names: Iterable[str]) -> str:
-    """Names in order, for a message: the first few, and how many more there are."""
-    names = sorted(names)
-    more = len(names) - MAX_LISTED
-    return ", ".join(names[:MAX_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
 def check_stored_env(source: Any, env_id: str, said: str | None = None) -> None:
@@ -332,7 +277,7 @@ class SearchConfig:
     `temperature` 0 takes the most visited action, the first one on ties; above 0 it samples
     proportionally to `visits ** (1 / temperature)`. `noise_fraction` 0 means no root noise.
     `kept_nodes` is how many nodes below the action that was taken the next search begins with, at
-    most; 0, as in LightZero, begins each search anew. See `kvjax.subtree`.
+    most; 0, as in LightZero, begins each search anew. See `kvjax.mcts.subtree`.
     "gumbel" reads of the noise only whether there is any, and has no use for `temperature`,
     `dirichlet_alpha`, `pb_c_init` and `pb_c_base`.
     Searches that differ in temperature and discount alone share one compiled program.

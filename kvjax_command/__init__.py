@@ -27,7 +27,7 @@ def main() -> int:
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     _watch_interrupts()
     try:
-        from kvjax import cli
+        from kvjax.tools import cli
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         return _failed(str(error))
     _last_words.append(cli.leave)

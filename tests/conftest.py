@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvjax import checkpoint, world_model
 from kvjax.config import WorldModelConfig
+from kvjax.model import checkpoint, world_model
 
 jax.devices()  # starts jax before any test can set how calls are dispatched
 

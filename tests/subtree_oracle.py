@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvjax import reference_tree, step, world_model
+from kvjax.model import step, world_model
 from kvjax.ops import support
 from kvjax.ops import window as windows
-from kvjax.types import Window
+from kvjax.ops.window import Window
+from kvjax.tools.parity import reference_tree
 
 F = np.float32
 ZERO = F(0)

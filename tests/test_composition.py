@@ -19,9 +19,9 @@ from jax import export
 
 import kvjax
 from kvjax import SearchConfig, WorldModelConfig
-from kvjax import tree as trees
 from kvjax.config import WINDOW_MODES
-from kvjax.search import _search
+from kvjax.mcts import tree as trees
+from kvjax.mcts.search import _search
 
 TINY = WorldModelConfig(
     embed_dim=8,
@@ -97,7 +97,7 @@ def everything(config=TINY):
 
 def shaped_params(config):
     """Zeros: enough to be traced with."""
-    shapes = kvjax.world_model.params_shapes(config)
+    shapes = kvjax.model.world_model.params_shapes(config)
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
 

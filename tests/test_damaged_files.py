@@ -16,8 +16,8 @@ import pytest
 import safetensors
 import safetensors.numpy
 
-from kvjax import checkpoint
-from kvjax.agent import find_agent
+from kvjax.model import checkpoint
+from kvjax.tools.agent import find_agent
 
 FLIPS = 1000 if os.environ.get("KVJAX_FULL") else 60
 KINDS = ("0.2.0", "main", "kvjax", "earlier kvjax")

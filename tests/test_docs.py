@@ -15,7 +15,7 @@ import jax
 import pytest
 
 import kvjax
-from kvjax import statistics
+from kvjax.store import statistics
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -23,7 +23,7 @@ RULES = (DOCS / "rules.md").read_text()
 ERRORS = (DOCS / "errors.md").read_text()
 COMPOSITION = (DOCS / "composition.md").read_text()
 README = (ROOT / "README.md").read_text()
-CHEAP = ("tests/test_window.py", "tests/test_position.py", "tests/test_hashing.py")
+CHEAP = ("tests/ops/test_window.py", "tests/ops/test_position.py", "tests/ops/test_hashing.py")
 
 
 def all_tests():
@@ -38,8 +38,8 @@ def all_tests():
 
     return {
         name
-        for path in sorted((ROOT / "tests").glob("test_*.py"))
-        for name in names(ast.parse(path.read_text()).body, f"tests/{path.name}")
+        for path in sorted((ROOT / "tests").rglob("test_*.py"))
+        for name in names(ast.parse(path.read_text()).body, str(path.relative_to(ROOT)))
     }
 
 

@@ -8,9 +8,9 @@ import unittest.mock
 import numpy as np
 import pytest
 
-from kvjax import cli, gif, play
-from kvjax.bench import bridge, exactness, ops, search
-from kvjax.bench.case import Case
+from kvjax.tools import cli, gif, play
+from kvjax.tools.bench import bridge, exactness, ops, search
+from kvjax.tools.bench.case import Case
 
 
 def run(capsys, *arguments):

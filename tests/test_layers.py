@@ -1,6 +1,7 @@
-"""Imports point downward only."""
+"""Packages, and which of them may import which."""
 
 import ast
+import graphlib
 import os
 import subprocess
 import sys
@@ -8,91 +9,65 @@ from pathlib import Path
 
 import kvjax
 
-LAYERS = (
-    ("values",),
-    (
-        *("config", "display", "display_tree", "statistics", "compilation", "interrupts", "files"),
-        *("loops", "meshes"),
-    ),
-    ("types", "dlpack"),
-    ("ops.window", "ops.position", "ops.attention", "ops.support", "ops.hashing"),
-    ("ops", "reference_tree"),
-    ("pool",),  # storage stands below the model
-    ("store",),
-    ("checks",),
-    ("encoders",),
-    ("world_model",),
-    ("step",),
-    ("fused", "tree", "mctx_search", "contexts", "rollout"),
-    ("fused_step",),
-    ("own_token_search", "params_update"),
-    ("subtree",),
-    ("search", "inference", "serialization"),
-    ("host_search",),
-    ("planner", "checkpoint", "lightzero.encoder_tensors", "lightzero.npz", "gif"),
-    ("lightzero.module", "lightzero.experiment", "lightzero.torch_file", "lightzero.tensors"),
-    ("lightzero.described", "lightzero.shapes"),
-    ("lightzero.configuration",),
-    ("lightzero.checkpoint", "lightzero.keys_values", "lightzero.archive", "near_ties"),
-    ("lightzero.kv_cache_pool",),
-    ("lightzero.kv_cache_manager", "lightzero.trace", "lightzero.search_trace"),
-    ("lightzero.record", "lightzero.layout", "lightzero.routes"),
-    ("lightzero.padding",),
-    ("lightzero.caches",),
-    ("lightzero.exchange",),
-    ("lightzero.bridge", "lightzero.shadow"),
-    ("lightzero.exact",),
-    ("lightzero.root_step",),
-    ("lightzero.attached",),
-    ("lightzero.attach",),
-    ("lightzero",),
-    ("",),
-    ("agent",),
-    ("verify_trees",),
-    ("verify_episodes",),
-    ("play", "verify", "bench.timing", "bench.lightzero_020"),
-    ("bench",),
-    ("bench.floor", "bench.case"),
-    ("bench.search", "bench.ops", "bench.bridge", "bench.exactness"),
-    ("cli",),
-)
-LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
+MAY_IMPORT = {
+    "base": set(),
+    "ops": {"config", "base"},
+    "store": {"config", "base", "ops"},
+    "model": {"config", "base", "ops"},
+    "mcts": {"config", "base", "ops", "store", "model"},
+    "lightzero": {"config", "base", "ops", "store", "model"},
+    "tools": {"config", "base", "ops", "store", "model", "mcts", "lightzero", "kvjax"},
+}
+"""Which package may import which; a storage knows no model, a tree no storage's insides."""
+
 ROOT = Path(kvjax.__file__).parent
+MODULES = {
+    ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in ROOT.rglob("*.py")
+}
 
 
-def module_name(path):
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join(part for part in parts if part != "__init__")
-
-
-def imported(path):
-    """kvjax modules that a file imports, a name of a package counting as its module."""
-    for node in ast.walk(ast.parse(path.read_text())):
+def imported(module):
+    """kvjax modules that a module imports as it is imported itself."""
+    for node in ast.parse(MODULES[module].read_text()).body:
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "kvjax":
-            base = node.module.removeprefix("kvjax").removeprefix(".")
             for alias in node.names:
-                name = f"{base}.{alias.name}".removeprefix(".")
-                yield name if name in LEVEL else base
+                name = f"{node.module}.{alias.name}"
+                yield name if name in MODULES else node.module
         elif isinstance(node, ast.Import):
-            assert not any(alias.name.startswith("kvjax") for alias in node.names), path
+            assert not any(alias.name.startswith("kvjax") for alias in node.names), module
 
 
-def test_every_module_has_its_layer():
-    assert {module_name(path) for path in ROOT.rglob("*.py")} == LEVEL.keys()
+def package(module):
+    return [*module.split("."), "kvjax"][1]
 
 
-def test_imports_point_down():
-    upward = [
-        f"{module_name(path) or 'kvjax'} imports {target or 'kvjax'}"
-        for path in ROOT.rglob("*.py")
-        for target in imported(path)
-        if LEVEL[target] >= LEVEL[module_name(path)]
+def test_the_top_is_a_table_of_contents():
+    entries = {path.name for path in ROOT.iterdir()} - {"__pycache__"}
+    assert entries == {"__init__.py", "py.typed", "config.py", *MAY_IMPORT}
+
+
+def test_packages_import_what_they_may():
+    wrong = [
+        f"{module} imports {target}"
+        for module in MODULES
+        for target in imported(module)
+        if package(module) in MAY_IMPORT
+        and package(target) not in MAY_IMPORT[package(module)] | {package(module)}
     ]
-    assert not upward
+    assert not wrong
 
 
-def test_storage_and_ops_know_no_model_and_nobody_imports_torch_at_the_top():
-    for path in ROOT.rglob("*.py"):
+def test_no_module_imports_itself_around_a_corner():
+    needs = {module: set(imported(module)) - {module} for module in MODULES}
+    faces = {module for module, path in MODULES.items() if path.name == "__init__.py"}
+    for module in faces - {"kvjax"}:  # a face imports what lies behind it
+        needs[module] = set()
+    list(graphlib.TopologicalSorter(needs).static_order())  # raises CycleError
+
+
+def test_nobody_imports_torch_at_the_top():
+    for path in MODULES.values():
         for node in ast.parse(path.read_text()).body:
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
@@ -105,6 +80,5 @@ def test_every_module_is_imported_without_torch_and_lightzero():
         "for name in ('torch', 'lzero', 'ding', 'matplotlib'): sys.modules[name] = None\n"
         "for name in sys.argv[1:]: importlib.import_module(name)"
     )
-    names = [f"kvjax.{name}".removesuffix(".") for name in LEVEL]
     env = os.environ | {"PYTHONPATH": str(ROOT.parent)}
-    subprocess.run([sys.executable, "-c", code, *names], check=True, env=env)
+    subprocess.run([sys.executable, "-c", code, *MODULES], check=True, env=env)

@@ -13,10 +13,11 @@ import pytest
 from conftest import SMALL, with_mode
 
 import kvjax
-from kvjax import pool, world_model
-from kvjax.checkpoint import Checkpoint
+from kvjax.model import world_model
+from kvjax.model.checkpoint import Checkpoint
 from kvjax.ops import attention, hashing, position, support
 from kvjax.ops import window as windows
+from kvjax.store import pool
 
 
 def shaped(*shape, dtype=jnp.float32):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from kvjax.bench import lightzero_020
+from kvjax.tools.bench import lightzero_020
 
 nbformat = pytest.importorskip("nbformat")
 nbclient = pytest.importorskip("nbclient")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import kvjax
-from kvjax import cli
+from kvjax.tools import cli
 
 ROOT = Path(__file__).parent.parent
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch_models
 
-from kvjax.bench import lightzero_020
+from kvjax.tools.bench import lightzero_020
 
 README = Path(__file__).parent.parent / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)

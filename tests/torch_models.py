@@ -7,7 +7,7 @@ import warnings
 
 import numpy as np
 
-from kvjax.bench import lightzero_020
+from kvjax.tools.bench import lightzero_020
 
 SMALL = {
     "observation_size": 4,

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from kvjax.config import BLOCK, MIN_CONTEXT, WindowMode, WorldModelConfig, require
-from kvjax.dlpack import require_shared_device
+from kvjax.base.dlpack import require_shared_device
+from kvjax.base.values import require
+from kvjax.config import BLOCK, MIN_CONTEXT, WindowMode, WorldModelConfig
 
 Array = np.ndarray[Any, Any]
 

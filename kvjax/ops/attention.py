@@ -6,7 +6,7 @@ Shapes: C context_length in tokens, H heads, D head size.
 import jax
 import jax.numpy as jnp
 
-from kvjax.config import require_shape
+from kvjax.base.values import require_shape
 
 
 def attend(

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvjax import loops
-from kvjax.config import require_shape
+from kvjax.base import loops
+from kvjax.base.values import require_shape
 
 DIGEST_LANES = 4
 ENV_LANE = DIGEST_LANES

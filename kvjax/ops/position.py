@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvjax.config import BLOCK, require_shape
+from kvjax.base.values import require_shape
+from kvjax.config import BLOCK
 
 
 def continue_table(table: jax.Array, length: int) -> jax.Array:

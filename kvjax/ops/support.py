@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from kvjax.config import require
+from kvjax.base.values import require
 
 _EPSILON = 1e-3
 """Slope of MuZero's value transform far from zero."""

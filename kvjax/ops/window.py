@@ -5,11 +5,53 @@ what some windows keep beside keys and values. In the drawings a letter is a
 token and a dot an empty (zero) slot.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
-from kvjax.config import BLOCK, WindowConfig, require_shape
-from kvjax.types import AlignedWindow, Window
+from kvjax.base import display
+from kvjax.base.values import require_shape
+from kvjax.config import BLOCK, WindowConfig
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, repr=False)
+class Window(display.Drawn):
+    """A context window: tokens are left-aligned, slots past `length` are zero.
+
+    Attributes:
+      kv: [C, L, 2, H, D], keys at 0 and values at 1 of the third axis.
+      length: [] int32, tokens.
+      raw: [C, E], tokens before positions, where a mode keeps them; else None.
+    """
+
+    kv: jax.Array
+    length: jax.Array
+    raw: jax.Array | None = None
+
+    def _picture(self) -> display.Picture | None:
+        return display.window("Window", self.kv, self.length)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, repr=False)
+class AlignedWindow(display.Drawn):
+    """A window behind `pad` empty slots, so that all rows of a batch end at the same slot.
+
+    Attributes:
+      kv: [C, L, 2, H, D], as of a `Window`.
+      length: [] int32, tokens.
+      pad: [] int32, empty slots before the first token.
+    """
+
+    kv: jax.Array
+    length: jax.Array
+    pad: jax.Array
+
+    def _picture(self) -> display.Picture | None:
+        return display.window("AlignedWindow", self.kv, self.length, self.pad)
+
 
 _KV = ("C", "L", "2", "H", "D")  # only windows that a model reads need just two kinds
 

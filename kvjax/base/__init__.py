@@ -1,0 +1,1 @@
+"""What everything stands on: arrays, loops, files, pictures. It knows no windows."""

@@ -1,0 +1,5 @@
+"""LightZero's checkpoints: what they hold, and what they do not tell."""
+
+from kvjax.lightzero.checkpoint.reading import load, read
+
+__all__ = ["load", "read"]

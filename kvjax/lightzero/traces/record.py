@@ -1,0 +1,342 @@
+"""Records a live LightZero model's answers, so that `kvjax verify` can replay them.
+
+The model is driven at latent level by random walks: latents and actions are drawn, trees grow at
+random, episodes restart on the way. All of it happens on a copy of the model.
+
+Shapes: B environments, E embedding size, L layers, H heads, D head size, N simulations per step.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kvjax.base import files
+from kvjax.base.values import is_integer, make_plain, require
+from kvjax.config import WorldModelConfig
+from kvjax.lightzero.checkpoint import load
+from kvjax.lightzero.traces import trace
+from kvjax.lightzero.traces.trace import Trace
+from kvjax.model.step import FIRST_STEP
+
+Array = np.ndarray[Any, Any]
+Arrays = dict[str, Array]
+
+_SOURCES = {"0.2.0": "lightzero-0.2.0", "main": "lightzero-main"}
+_MOST_ROWS = 8
+_DEFAULT_SIMULATIONS = 50  # of LightZero's pools, where the configuration says nothing
+_GO_DEEPER = 0.6  # share of simulations that expand the newest node
+_STEP_OF_A_WALK = 0.5  # in standard deviations of a latent's logits
+_ENCODER = ("tokenizer.", "representation_network.")
+
+
+def record_trace(
+    world_model: Any,
+    path: str | Path,
+    *,
+    steps: int = 12,
+    simulations: int = 10,
+    rows: int | None = None,
+    seed: int = 0,
+) -> Trace:
+    """Asks a torch world model and writes questions, answers and weights as a trace.
+
+    The given model is left as it is: what is asked is a copy, in evaluation mode, with empty caches
+    and with its table of position corrections computed of the weights as they are (release 0.2.0
+    does not do that by itself, and then plays with a table of other weights).
+
+    Args:
+      world_model: LightZero's `WorldModel` or `UniZeroModel`, of release 0.2.0 or of main.
+      path: the file, `.npz`.
+      steps: environment steps; episodes restart half way, with 0.2.0 in all rows at once.
+      simulations: N, of each step.
+      rows: B, at most the model's `env_num`; up to 8 of these by default.
+      seed: of the walks.
+
+    Returns:
+      The trace as `kvjax verify` reads it.
+
+    Raises:
+      OSError: the file cannot be written; said before the model is asked.
+      ValueError: a model that kvjax does not read, sizes that do not fit it, a model whose caches
+        something else manages, or one that gives two nodes of a step the same latent, which
+        LightZero then takes for each other (an untrained observation head, all zeros, does).
+    """
+    model = getattr(world_model, "world_model", world_model)
+    config, _ = load(model)
+    path = Path(path)
+    require(path.suffix == ".npz", f"a trace's name must end in .npz, got {path}")
+    sizes = _Sizes(_rows(model, rows), steps, simulations)
+    sizes.check(model)
+    files.require_writable(path)
+    arrays = _Session(model, config, sizes, np.random.default_rng(seed)).run()
+    arrays |= _weights(model)
+    arrays["config"] = np.array(json.dumps(_description(model, config, sizes)))
+    with files.replacing(path) as file:
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+    return trace.read(path)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sizes:
+    rows: int  # B
+    steps: int
+    simulations: int  # N
+
+    def check(self, model: Any) -> None:
+        make_plain(self)
+        for name, value in dataclasses.asdict(self).items():
+            require(is_integer(value) and value >= 1, f"{name} must be at least 1: {value!r}")
+        require(
+            self.rows <= model.env_num,
+            f"rows must be at most the model's env_num {model.env_num}, got {self.rows}",
+        )
+        most = int(getattr(model.config, "num_simulations", _DEFAULT_SIMULATIONS))
+        require(
+            self.simulations <= most,
+            f"simulations must be at most the model's num_simulations {most} (its pools hold no"
+            f" more), got {self.simulations}",
+        )
+
+
+def _rows(model: Any, rows: int | None) -> int:
+    return min(model.env_num, _MOST_ROWS) if rows is None else rows
+
+
+def _is_main(model: Any) -> bool:
+    return hasattr(model, "current_infer_env_ids")
+
+
+def _weights(model: Any) -> Arrays:
+    """What `kvjax.lightzero.load` needs, without the encoder: a trace observes latents."""
+    return {
+        f"weights/{name}": tensor.detach().float().cpu().numpy()
+        for name, tensor in model.state_dict().items()
+        if not any(part in name for part in _ENCODER)
+    }
+
+
+def _description(model: Any, config: WorldModelConfig, sizes: _Sizes) -> dict[str, Any]:
+    described = {
+        "layers": config.num_layers,
+        "heads": config.num_heads,
+        "embed": config.embed_dim,
+        "ctx": config.context_length,
+        "blocks": int(model.config.max_blocks),
+        "actions": config.num_actions,
+        "support": config.support_size,
+        "envs": sizes.rows,
+        "sims": sizes.simulations,
+        "steps": sizes.steps,
+        "simnorm_group": config.simnorm_group,
+        "rope": config.is_rotary,
+        "rope_theta": config.rope_theta,
+        "source": _SOURCES["main" if _is_main(model) else "0.2.0"],
+    }
+    modes = {"reset": "exact_kv_window_reset", "rebuild": "rebuild_kv_window_from_tokens"}
+    return described | {name: True for name, flag in modes.items() if getattr(model, flag, False)}
+
+
+def _private_copy(model: Any) -> Any:
+    """A copy to ask: evaluation mode, empty caches, corrections of the present weights."""
+    import torch
+
+    graphs = {  # what training left behind cannot be copied with its graph
+        id(x): x.detach().clone()
+        for module in model.modules()
+        for x in vars(module).values()
+        if isinstance(x, torch.Tensor) and not x.is_leaf
+    }
+    with contextlib.redirect_stdout(io.StringIO()):  # LightZero prints
+        twin = copy.deepcopy(model, graphs).eval()
+        twin.clear_caches()
+        if not twin.config.rotary_emb:
+            twin.precompute_pos_emb_diff_kv()
+    twin.reanalyze_phase = False
+    return twin
+
+
+class _Session:
+    """A copied model and the walks of its environments."""
+
+    def __init__(
+        self, model: Any, config: WorldModelConfig, sizes: _Sizes, rng: np.random.Generator
+    ) -> None:
+        self._model, self._config, self._sizes, self._rng = (
+            _private_copy(model),
+            config,
+            sizes,
+            rng,
+        )
+        self._mixes_restarts = _is_main(model)
+        self._logits = rng.standard_normal((sizes.rows, config.embed_dim))
+        self._latent = self._walk()
+        self._timestep = np.zeros(sizes.rows, np.int64)
+        self._windows: dict[int, Array] = {}  # [2, L, H, length, D] by environment
+        self._watch_roots()
+
+    def run(self) -> Arrays:
+        import torch
+
+        arrays: Arrays = {}
+        with torch.no_grad():
+            for step in range(self._sizes.steps):
+                recorded = self._root(step)
+                recorded |= self._simulate(recorded["latent"])
+                arrays |= {f"step{step}/{name}": array for name, array in recorded.items()}
+        return arrays
+
+    def _walk(self) -> Array:
+        """The next latents of all rows, as the model's own norm would shape them: [B, E]."""
+        self._logits = self._logits + _STEP_OF_A_WALK * self._rng.standard_normal(
+            self._logits.shape
+        )
+        group = self._config.simnorm_group
+        if self._config.latent_norm == "layernorm":
+            centred = self._logits - self._logits.mean(axis=1, keepdims=True)
+            return np.asarray(centred / centred.std(axis=1, keepdims=True), np.float32)
+        weights = np.exp(self._logits).reshape(len(self._logits), -1, group)
+        shares = weights / weights.sum(axis=2, keepdims=True)
+        return np.asarray(shares.reshape(self._logits.shape), np.float32)
+
+    def _watch_roots(self) -> None:
+        """Notes every window that the model stores for a root, whatever it stores it in."""
+        model, manager = self._model, getattr(self._model, "kv_cache_manager", None)
+        if manager is not None and getattr(model, "use_new_cache_manager", False):
+            store = manager.set_init_cache
+
+            def set_init_cache(env_id: int, cache_key: Any, kv_cache: Any) -> Any:
+                self._windows[int(env_id)] = _window(kv_cache)
+                return store(env_id=env_id, cache_key=cache_key, kv_cache=kv_cache)
+
+            manager.set_init_cache = set_init_cache
+            return
+        keep = model.custom_copy_kv_cache_to_shared_init_envs
+
+        def copy_to_shared(src_kv: Any, env_id: int) -> Any:
+            self._windows[int(env_id)] = _window(src_kv)
+            return keep(src_kv, env_id)
+
+        model.custom_copy_kv_cache_to_shared_init_envs = copy_to_shared
+
+    def _root(self, step: int) -> Arrays:
+        rows = np.arange(self._sizes.rows)
+        restarts = np.full(len(rows), step == 0)
+        if step == max(self._sizes.steps // 2, 1):
+            restarts |= rows % 2 == 0 if self._mixes_restarts else True
+        action = self._rng.integers(self._config.num_actions, size=len(rows))
+        action = np.where(restarts, FIRST_STEP, action)
+        self._timestep = np.where(restarts, 0, self._timestep + 1)
+        before, self._latent = self._latent, self._walk()
+        self._windows.clear()
+        out = self._model.wm_forward_for_initial_infererence(
+            self._tokens(before), action.tolist(), self._tokens(self._latent), self._timestep
+        )
+        self._model.latent_state = self._tokens(self._latent)  # its next step deletes that
+        self._forget_nodes()
+        recorded = {
+            "prev_latent": before,
+            "action": action,
+            "latent": self._latent,
+            "timestep": self._timestep,
+            "policy_logits": _rows_of(out.logits_policy),
+            "value_logits": _rows_of(out.logits_value),
+        }
+        return recorded | self._stored_windows()
+
+    def _stored_windows(self) -> Arrays:
+        if len(self._windows) < self._sizes.rows:
+            raise ValueError(
+                "the model stored no root window: something else manages its caches, detach that"
+                " first"
+            )
+        windows = [self._windows[env] for env in range(self._sizes.rows)]
+        stored = {"length": np.array([window.shape[3] for window in windows])}
+        for env, (keys, values) in enumerate(windows):
+            stored |= {f"k{env}": keys, f"v{env}": values}
+        return stored
+
+    def _forget_nodes(self) -> None:
+        model = self._model
+        if getattr(model, "use_new_cache_manager", False):
+            model.kv_cache_manager.clear_recur_cache()
+        else:
+            model.past_kv_cache_recurrent_infer.clear()
+        getattr(model, "past_token_context_recurrent_infer", {}).clear()
+
+    def _tokens(self, latent: Array) -> Any:
+        import torch
+
+        return torch.from_numpy(latent).to(self._model.device)[:, None]
+
+    def _simulate(self, root: Array) -> Arrays:
+        """Grows a random tree in every row."""
+        import torch
+
+        rows = np.arange(self._sizes.rows)
+        parents, actions = self._random_trees()
+        depths = np.zeros((self._sizes.simulations + 1, len(rows)), np.int64)
+        latents, answers = [root], []
+        for index, (parent, action) in enumerate(zip(parents, actions, strict=True)):
+            depths[index + 1] = depths[parent, rows] + 1
+            asked = np.stack(latents)[parent, rows][:, None]
+            _, latent, reward, policy, value = self._model.forward_recurrent_inference(
+                [(asked, torch.from_numpy(action).to(self._model.device))],
+                index,
+                depths[index + 1].tolist(),
+                self._timestep,
+            )
+            answers.append([_rows_of(x) for x in (latent, reward, policy, value)])
+            latents.append(answers[-1][0])
+        _require_distinct(np.stack(latents))
+        names = ("next_latent", "reward_logits", "sim_policy_logits", "sim_value_logits")
+        recorded = dict(zip(names, map(np.stack, zip(*answers, strict=True)), strict=True))
+        return recorded | {"parent": parents, "sim_action": actions, "depth": depths[1:]}
+
+    def _random_trees(self) -> tuple[Array, Array]:
+        """Parents and actions, [N, B] each; no row expands an edge twice."""
+        shape = self._sizes.simulations, self._sizes.rows
+        parents, actions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+        for row in range(shape[1]):
+            free = [(0, action) for action in range(self._config.num_actions)]
+            for index in range(shape[0]):
+                newest = [edge for edge in free if edge[0] == index]
+                edges = newest if self._rng.random() < _GO_DEEPER else free
+                edge = edges[self._rng.integers(len(edges))]
+                free.remove(edge)
+                parents[index, row], actions[index, row] = edge
+                free += [(index + 1, action) for action in range(self._config.num_actions)]
+        return parents, actions
+
+
+def _require_distinct(latents: Array) -> None:
+    """Refuses equal latents [N + 1, B, E]: the shared pool of nodes finds windows by them."""
+    flat = latents.reshape(-1, latents.shape[-1])
+    if len(np.unique(flat, axis=0)) < len(flat):
+        raise ValueError(
+            "two nodes of one step have the same latent, and LightZero takes one for the other: is"
+            " the observation head untrained (all zeros)?"
+        )
+
+
+def _rows_of(tensor: Any) -> Array:
+    """[B, 1, X] or [B, X] in torch -> [B, X]."""
+    array: Array = tensor.detach().float().cpu().numpy()
+    return array.reshape(len(array), -1).copy()
+
+
+def _window(keys_values: Any) -> Array:
+    """What a `KeysValues` of one row holds: [2, L, H, length, D], keys and values."""
+
+    def tokens(cache: Any) -> Array:
+        array: Array = cache._cache[0, :, : cache._size].float().cpu().numpy()
+        return array
+
+    layers = keys_values._keys_values
+    keys = [tokens(layer._k_cache) for layer in layers]
+    return np.array([keys, [tokens(layer._v_cache) for layer in layers]])

@@ -1,0 +1,505 @@
+"""Inference steps for a tree that lives outside: find the caches, run the model, store the results.
+
+Each step is one jitted call for the whole batch and moves the store: its buffers are donated, the
+store that was passed in is gone, use the one that comes back. (Inside a jit of your own nothing is
+donated unless you donate it there.)
+
+Shapes: B rows, E embedding size, A actions, R support bins.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kvjax import store as stores
+from kvjax.base import interrupts, loops
+from kvjax.base.arrays import ArrayLike, num_rows, validate_range
+from kvjax.base.compilation import computed_once
+from kvjax.base.values import require_one_of
+from kvjax.config import WorldModelConfig
+from kvjax.mcts.checks import validate_batch
+from kvjax.model import step, world_model
+from kvjax.model.checks import validate_model
+from kvjax.model.world_model import Params
+from kvjax.ops import hashing
+from kvjax.ops import window as windows
+from kvjax.ops.window import Window
+from kvjax.store import Store
+from kvjax.store import pool as pools
+from kvjax.store.pool import NO_SLOT
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Inference:
+    """Result of one inference step of a store; a `Prediction` per row, and how it was looked up.
+
+    Attributes:
+      latent: [B, E], of the new node.
+      reward: [B, S] logits over the support, zero at roots.
+      policy: [B, A] logits.
+      value: [B, S] logits over the support.
+      hit: [B] bool, the parent's window was found (a first step needs none: False).
+      slot: [B] int32, handle of the new window, -1 if it is not stored.
+      valid: [B] bool, False: an id was out of range, the row is NaN and not stored.
+      full: [B] bool, the new window is not stored: the node pool has no slot left.
+    """
+
+    latent: jax.Array
+    reward: jax.Array
+    policy: jax.Array
+    value: jax.Array
+    hit: jax.Array
+    slot: jax.Array
+    valid: jax.Array
+    full: jax.Array
+
+
+MissPolicy = Literal["context_free", "error", "rebuild"]
+MISS_POLICIES = ("context_free", "error")
+FullPolicy = Literal["error", "evict"]
+FULL_POLICIES = ("error", "evict")
+
+
+class CacheMissError(LookupError):
+    """A window was not found and the miss policy is "error". Nothing was stored.
+
+    Attributes:
+      store: the store as it was before the step, but for its statistics.
+      rows: indices of the rows that missed.
+    """
+
+    def __init__(self, store: Store, rows: list[int]) -> None:
+        super().__init__(f"no window stored for rows {rows}")
+        self.store = store
+        self.rows = rows
+
+
+class StoreFullError(ValueError):
+    """A search has more nodes than the store was made for, see `init_store`.
+
+    Attributes:
+      store: the store after the step. It lacks the new windows of `rows` and nothing else.
+      rows: indices of the rows whose new windows are not stored.
+    """
+
+    def __init__(self, store: Store, rows: list[int]) -> None:
+        slots = pools.total_slots(store.nodes)
+        super().__init__(
+            f"the store has {slots} node slots and a search needs more (no room for rows {rows}):"
+            f" call init_store with more than {slots // stores.num_envs(store)} num_simulations, or"
+            ' pass full_policy="evict" to go on without the oldest nodes'
+        )
+        self.store = store
+        self.rows = rows
+
+
+class StepInterrupt(KeyboardInterrupt):
+    """An interrupt (Ctrl-C) during a step, raised after it.
+
+    Attributes:
+      store: the store after the step, since the one that was passed in is gone.
+      out: the step's `Inference`.
+    """
+
+    def __init__(self, store: Store, out: Inference) -> None:
+        super().__init__()
+        self.store = store
+        self.out = out
+
+
+def initial_inference(
+    params: Params,
+    store: Store,
+    last_latent: ArrayLike,
+    action: ArrayLike,
+    latent: ArrayLike,
+    env_id: ArrayLike,
+    timestep: ArrayLike,
+    *,
+    config: WorldModelConfig,
+    miss_policy: MissPolicy = "context_free",
+    reanalysis: bool = False,
+    priority: ArrayLike | None = None,
+) -> tuple[Store, Inference]:
+    """A root step: pushes what the environments did, predicts, and stores the new root windows.
+
+    A row's window is looked up by `last_latent` in its environment's root pool. All searched nodes
+    are forgotten afterwards.
+
+    Args:
+      store: moved, see the module's text.
+      last_latent: [B, E] float32, of the observation before; not read in first steps.
+      action: [B] integer, the action taken there; -1 marks an environment's first step.
+      latent: [B, E] float32, of the current observation.
+      env_id: [B] integer in 0 .. P - 1; any subset, in any order.
+      timestep: [B] integer, of the current observation (the default priority).
+      miss_policy: "context_free" continues from the last observation alone, as LightZero does;
+        "error" raises and stores nothing; "rebuild" computes the environment's newest root again
+        from its raw tokens, with `last_latent` as its last one, and continues without context only
+        where there is none. That is how contexts outlive `on_params_update` (window mode "rebuild";
+        the latents of older observations stay as they were encoded).
+      reanalysis: look nothing up and store nothing; every row is free of context.
+      priority: [B] float32 for the "priority" eviction; `timestep` by default.
+
+    Returns:
+      The store and an `Inference`. Rows with an id out of range (which only values on the host can
+      be checked for in advance) have `valid` False and NaN predictions and are not stored.
+
+    Raises:
+      TypeError: an argument of another type.
+      ValueError: variables or a store of another configuration, or a store that was moved; shapes
+        or dtypes do not fit, or host arrays hold ids out of range.
+      CacheMissError: a row missed and the policy is "error".
+      StepInterrupt: an interrupt (Ctrl-C) came; it has the store.
+    """
+    validate_model(params, config)
+    rows = num_rows(latent)
+    ids = {"action": action, "env_id": env_id, "timestep": timestep}
+    validate_batch(store, config, rows, {"last_latent": last_latent, "latent": latent}, ids)
+    require_one_of("miss_policy", miss_policy, (*MISS_POLICIES, "rebuild"))
+    if miss_policy == "rebuild" and store.latest is None:
+        raise ValueError(
+            'miss_policy "rebuild" needs windows with raw tokens (window_mode "rebuild"), the'
+            f' model\'s window_mode is "{config.window_mode}"'
+        )
+    validate_range("action", action, step.FIRST_STEP, config.num_actions - 1)
+
+    def refuse(store: Store, out: Inference) -> None:
+        if miss_policy == "error" and not reanalysis:
+            _raise_on_miss(store, out.valid & ~out.hit & (action != step.FIRST_STEP))
+
+    return _uninterrupted(
+        _initial,
+        refuse,
+        params,
+        store,
+        last_latent,
+        action,
+        latent,
+        env_id,
+        timestep,
+        priority,
+        config=config,
+        miss_policy=miss_policy,
+        reanalysis=reanalysis,
+    )
+
+
+def recurrent_inference(
+    params: Params,
+    store: Store,
+    latent: ArrayLike,
+    action: ArrayLike,
+    env_id: ArrayLike,
+    depth: ArrayLike,
+    timestep: ArrayLike,
+    *,
+    config: WorldModelConfig,
+    slot: ArrayLike | None = None,
+    miss_policy: MissPolicy = "context_free",
+    full_policy: FullPolicy = "error",
+    reanalysis: bool = False,
+    pads_are_read: bool = False,
+    priority: ArrayLike | None = None,
+) -> tuple[Store, Inference]:
+    """A searched step: finds each parent's window, imagines one step, stores the child's window.
+
+    A parent is looked up by its latent, in its environment's root pool and then among the searched
+    nodes. Equal latents with different histories share that key. With `slot` (an earlier result's
+    `slot`) parents are found by handle instead and children are filed by their path, so that equal
+    latents are kept apart; use one way or the other for a whole search.
+
+    Args:
+      store: moved, see the module's text.
+      latent: [B, E] float32, of the parent nodes.
+      action: [B] integer in 0 .. A - 1.
+      env_id: [B] integer in 0 .. P - 1.
+      depth: [B] integer, of the new nodes below their root (the default priority, shallow first).
+      timestep: [B] integer, of the roots; read by rotary positions only.
+      slot: [B] int32 handles of the parents' windows.
+      miss_policy: "context_free" or "error", as in `initial_inference`.
+      full_policy: what happens if the search has more nodes than the store was made for: "error"
+        stores no window that has no room and raises (inside a jit of your own, `full` tells);
+        "evict" forgets nodes of the running search, whose rows then miss.
+      reanalysis: as in `initial_inference`.
+      pads_are_read: reproduce release 0.2.0, whose rows attend to the padding of their batch.
+      priority: [B] float32 for the "priority" eviction; `-depth` by default.
+
+    Returns:
+      The store and an `Inference`, as `initial_inference`.
+
+    Raises:
+      TypeError, ValueError, CacheMissError, StepInterrupt: as `initial_inference`; and more rows
+        than the node pool's slots.
+      StoreFullError: a new window has no room and the policy is "error".
+    """
+    validate_model(params, config)
+    rows = num_rows(latent)
+    ids = {"action": action, "env_id": env_id, "depth": depth, "timestep": timestep}
+    ids |= {} if slot is None else {"slot": slot}
+    validate_batch(store, config, rows, {"latent": latent}, ids)
+    require_one_of("miss_policy", miss_policy, MISS_POLICIES)
+    require_one_of("full_policy", full_policy, FULL_POLICIES)
+    validate_range("action", action, 0, config.num_actions - 1)
+    if rows > pools.total_slots(store.nodes):
+        raise ValueError(f"{rows} rows do not fit into {pools.total_slots(store.nodes)} node slots")
+
+    def refuse(store: Store, out: Inference) -> None:
+        if miss_policy == "error" and not reanalysis:
+            _raise_on_miss(store, out.valid & ~out.hit)
+        if full_policy == "error":
+            _raise_on_full(store, out.full)
+
+    return _uninterrupted(
+        _recurrent,
+        refuse,
+        params,
+        store,
+        latent,
+        action,
+        env_id,
+        depth,
+        timestep,
+        slot,
+        priority,
+        config=config,
+        miss_policy=miss_policy,
+        full_policy=full_policy,
+        reanalysis=reanalysis,
+        pads_are_read=pads_are_read,
+    )
+
+
+def _uninterrupted(
+    move: Callable[..., tuple[Store, Inference]],
+    refuse: Callable[[Store, Inference], None],
+    *args: Any,
+    **options: Any,
+) -> tuple[Store, Inference]:
+    """Moves a store and looks at what came of it; an interrupt waits, and brings that store."""
+    moved = None
+    try:
+        with interrupts.held():
+            moved = move(*args, **options)
+            refuse(*moved)
+    except KeyboardInterrupt as interrupt:
+        if moved is None:
+            raise
+        raise StepInterrupt(*moved) from interrupt
+    return moved
+
+
+def _raise_on_miss(store: Store, missed: jax.Array) -> None:
+    """On the host only: while an outer jit traces, nobody can tell."""
+    if not isinstance(missed, jax.core.Tracer) and missed.any():
+        raise CacheMissError(store, np.flatnonzero(missed).tolist())
+
+
+def _raise_on_full(store: Store, full: jax.Array) -> None:
+    if not isinstance(full, jax.core.Tracer) and np.asarray(full).any():
+        raise StoreFullError(store, np.flatnonzero(full).tolist())
+
+
+@functools.partial(
+    jax.jit, static_argnames=("config", "miss_policy", "reanalysis"), donate_argnames=("store",)
+)
+def _initial(
+    params: Params,
+    store: Store,
+    last_latent: jax.Array,
+    action: jax.Array,
+    latent: jax.Array,
+    env_id: jax.Array,
+    timestep: jax.Array,
+    priority: jax.Array | None,
+    *,
+    config: WorldModelConfig,
+    miss_policy: MissPolicy,
+    reanalysis: bool,
+) -> tuple[Store, Inference]:
+    latent = computed_once(latent)
+    valid = _in_range(env_id, stores.num_envs(store))
+    valid &= (action >= step.FIRST_STEP) & (action < config.num_actions)
+    continues = valid & (action != step.FIRST_STEP)
+    asks = continues & (not reanalysis)
+    last_keys = stores.latent_keys(store, last_latent, env_id)
+    found = stores.only(stores.find(store, last_keys, env_id, roots_only=True), asks)
+    missed = continues & ~found.hit
+    kept = _kept(valid, missed, miss_policy, reanalysis)
+    window = stores.take(store, found)
+    if miss_policy == "rebuild" and not reanalysis:
+        window = _recall(params, store, window, last_latent, env_id, missed, config)
+        recalled = missed & (window.length > 0)
+        store, missed = stores.count_rebuilt(store, recalled), missed & ~recalled
+    window = _with_context(params, window, last_latent, timestep, missed, config)
+    store = stores.count_lookups(store, found, asks, roots_only=True)
+    store = stores.count_padding(store, window.length, continues)
+    store = stores.touch(store, stores.only(found, kept))
+
+    correction = world_model.slide_correction(params, config=config)
+    push = functools.partial(step.root_step, params, correction, config=config)
+    full = step.any_overflows(window, config)
+    window, policy, value = jax.vmap(push, in_axes=(0, 0, 0, 0, None))(
+        window, action, latent, timestep, full
+    )
+    keys = stores.latent_keys(store, latent, env_id)
+    rank = timestep if priority is None else priority
+    store, handle = stores.add_roots(
+        store, keys, env_id, window, priority=rank.astype(jnp.float32), valid=kept
+    )
+    store = stores.clear_nodes(store, when=jnp.any(kept))
+    out = Inference(
+        latent=latent,
+        reward=jnp.zeros_like(value),
+        policy=policy,
+        value=value,
+        hit=found.hit,
+        slot=handle,
+        valid=valid,
+        full=jnp.zeros_like(valid),
+    )
+    return store, _poison(out)
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("config", "miss_policy", "full_policy", "reanalysis", "pads_are_read"),
+    donate_argnames=("store",),
+)
+def _recurrent(
+    params: Params,
+    store: Store,
+    latent: jax.Array,
+    action: jax.Array,
+    env_id: jax.Array,
+    depth: jax.Array,
+    timestep: jax.Array,
+    slot: jax.Array | None,
+    priority: jax.Array | None,
+    *,
+    config: WorldModelConfig,
+    miss_policy: MissPolicy,
+    full_policy: FullPolicy,
+    reanalysis: bool,
+    pads_are_read: bool,
+) -> tuple[Store, Inference]:
+    valid = _in_range(env_id, stores.num_envs(store)) & _in_range(action, config.num_actions)
+    keys = stores.latent_keys(store, latent, env_id)
+    if slot is None:
+        found = stores.find(store, keys, env_id)
+    else:
+        found = stores.resolve(store, slot, env_id)
+        keys = jnp.where(found.hit[:, None], stores.keys_of(store, found), keys)
+    asks = valid & (not reanalysis)
+    found = stores.only(found, asks)
+    missed = valid & ~found.hit
+    kept = _kept(valid, missed, miss_policy, reanalysis)
+    window = stores.take(store, found)
+    window = _with_context(params, window, latent, timestep, missed, config)
+    store = stores.count_lookups(store, found, asks)
+    store = stores.count_padding(store, window.length, valid)
+    store = stores.touch(store, stores.only(found, kept))
+
+    correction = world_model.slide_correction(params, config=config)
+    pads = jnp.max(window.length) - window.length if pads_are_read else None
+    imagine = functools.partial(step.recurrent_step, params, correction, config=config)
+    full = step.any_overflows(window, config)
+    window, imagined = jax.vmap(imagine, in_axes=(0, 0, 0, 0, None))(
+        window, action, depth, timestep, full, zero_keys=pads
+    )
+    if slot is None:
+        child_keys = stores.latent_keys(store, imagined.latent, env_id)
+    else:
+        child_keys = jax.vmap(hashing.path_key)(keys, action)
+    rank = -depth if priority is None else priority
+    store, handle = stores.add_nodes(
+        store,
+        child_keys,
+        window,
+        priority=rank.astype(jnp.float32),
+        valid=kept,
+        may_evict=full_policy == "evict",
+    )
+    out = Inference(
+        latent=imagined.latent,
+        reward=imagined.reward,
+        policy=imagined.policy,
+        value=imagined.value,
+        hit=found.hit,
+        slot=handle,
+        valid=valid,
+        full=kept & (handle == NO_SLOT) if full_policy == "error" else jnp.zeros_like(kept),
+    )
+    return store, _poison(out)
+
+
+def _in_range(ids: jax.Array, size: int) -> jax.Array:
+    return (ids >= 0) & (ids < size)
+
+
+def _kept(
+    valid: jax.Array, missed: jax.Array, miss_policy: MissPolicy, reanalysis: bool
+) -> jax.Array:
+    """Which rows may be stored: [B] bool."""
+    if reanalysis:
+        return jnp.zeros_like(valid)
+    return valid & ~jnp.any(missed) if miss_policy == "error" else valid
+
+
+def _with_context(
+    params: Params,
+    window: Window,
+    latent: jax.Array,
+    timestep: jax.Array,
+    missed: jax.Array,
+    config: WorldModelConfig,
+) -> Window:
+    """Gives rows that missed a context of one token, their latent's; free of cost if none did."""
+
+    def alone(_: Window) -> Window:
+        push = functools.partial(step.observe, params, config=config)
+        return jax.vmap(lambda x, t: push(windows.init(config.window), x, t))(latent, timestep)
+
+    rebuilt = loops.cond(jnp.any(missed), alone, lambda unchanged: unchanged, window)
+    return jax.vmap(windows.where)(missed, rebuilt, window)
+
+
+def _recall(
+    params: Params,
+    store: Store,
+    window: Window,
+    last_latent: jax.Array,
+    env_id: jax.Array,
+    missed: jax.Array,
+    config: WorldModelConfig,
+) -> Window:
+    """Gives rows that missed their environment's newest root, computed again."""
+
+    def recall(row: Window, latent: jax.Array) -> Window:
+        last = row.length - 1
+        raw = jnp.asarray(row.raw)
+        raw = raw.at[last].set(jnp.where(last < 0, raw[last], latent))
+        return world_model.rebuild(params, dataclasses.replace(row, raw=raw), config=config)
+
+    def recalled() -> Window:
+        newest = jax.vmap(recall)(stores.latest_roots(store, env_id), last_latent)
+        return jax.vmap(windows.where)(missed, newest, window)
+
+    result: Window = loops.cond(jnp.any(missed), recalled, lambda: window)
+    return result
+
+
+def _poison(out: Inference) -> Inference:
+    """NaN for rows that are not valid, so that nobody plans with them unnoticed."""
+
+    def poison(x: jax.Array) -> jax.Array:
+        return jnp.where(out.valid[:, None], x, jnp.nan)
+
+    numbers = ("latent", "reward", "policy", "value")
+    return dataclasses.replace(out, **{name: poison(getattr(out, name)) for name in numbers})

@@ -1,0 +1,220 @@
+"""kvjax's own checkpoints: one safetensors file with weights, configuration and environment.
+
+The file carries a digest of all three. What an earlier version wrote has none, and is read with a
+warning.
+"""
+
+import dataclasses
+import hashlib
+import importlib.resources
+import json
+import logging
+import struct
+from pathlib import Path
+from typing import Any, cast
+
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from kvjax.base import files
+from kvjax.base.values import listed, require
+from kvjax.config import EnvironmentConfig, WorldModelConfig, check_stored_env
+from kvjax.model import world_model
+from kvjax.model.world_model import Params
+
+SUFFIX = ".safetensors"
+
+_METADATA_KEY = "kvjax"
+_ENTRIES = {"config", "environment", "notes", "digest"}
+_SEPARATOR = "/"
+_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+"""Safetensors' names of what weights may be, and numpy's."""
+
+_HEADER_SIZE = struct.Struct("<Q")
+_SIZES = ("embed_dim", "num_actions", "observation_size", "max_tokens", "support_size")
+_IMAGE_SIZES = ("image_channels",)
+_COUNTS = ("num_layers", "image_blocks")
+
+_log = logging.getLogger(__name__)
+
+Tensors = dict[str, np.ndarray[Any, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A world model, and the environment that it plays if that is known."""
+
+    config: WorldModelConfig
+    params: Params
+    environment: EnvironmentConfig | None = None
+    notes: tuple[str, ...] = ()  # what whoever runs it should know; told when it is loaded
+
+
+def shipped() -> dict[str, Path]:
+    """Trained agents that come with kvjax, by name."""
+    folder = Path(str(importlib.resources.files("kvjax"))) / "model" / "agents"
+    return {path.stem: path for path in sorted(folder.glob(f"*{SUFFIX}"))}
+
+
+def save(path: str | Path, checkpoint: Checkpoint) -> None:
+    """Writes weights plus configuration as a `.safetensors` file, whole or not at all.
+
+    Raises:
+      OSError: the file cannot be written; what was there before stays. See `kvjax.base.files`.
+      ValueError: the path has another suffix.
+    """
+    path = Path(path)
+    if path.suffix != SUFFIX:
+        raise ValueError(f"a checkpoint's name must end in {SUFFIX}, got {path}")
+    flat = flatten_dict(checkpoint.params, sep=_SEPARATOR)
+    tensors = {name: np.ascontiguousarray(value) for name, value in flat.items()}
+    environment = checkpoint.environment
+    description: dict[str, Any] = {
+        "config": dataclasses.asdict(checkpoint.config),
+        "environment": None if environment is None else dataclasses.asdict(environment),
+        "notes": checkpoint.notes,
+    }
+    description["digest"] = _digest(description, tensors)
+    metadata = {_METADATA_KEY: json.dumps(description, sort_keys=True)}
+    with files.replacing(path) as file:
+        file.write(safetensors.numpy.save(tensors, metadata=metadata))
+
+
+def load(path: str | Path, *, env: str | None = None) -> Checkpoint:
+    """Reads what `save` wrote.
+
+    Args:
+      path: the file.
+      env: the environment that the agent shall play, where that is said. Of the stored ones,
+        `module:Env` makes Gymnasium import a module: it is refused unless this is the same.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: the file is truncated or damaged, is not kvjax's, its tensors are not those of
+        its configuration (missing, unknown, misshapen, non-finite or no floating-point numbers),
+        or its environment would import a module.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no such checkpoint: {path}")
+    metadata, tensors = _read(path, path.read_bytes())
+    if _METADATA_KEY not in metadata:
+        raise ValueError(f"{path} holds no kvjax configuration: write it with `kvjax convert`")
+    described = _described(path, metadata[_METADATA_KEY])
+    _check_digest(path, described, tensors)
+    checkpoint = _parse(path, described)
+    for note in (*checkpoint.notes, *_doubts(checkpoint.config)):
+        _log.warning("%s: %s", path, note)
+    params = _checked_params(path, checkpoint.config, tensors)
+    environment = _environment(path, checkpoint.environment, env)
+    return dataclasses.replace(checkpoint, params=params, environment=environment)
+
+
+def _environment(
+    path: Path, stored: EnvironmentConfig | None, said: str | None
+) -> EnvironmentConfig | None:
+    if stored is None or said not in (None, stored.env_id):
+        return None if said is None else EnvironmentConfig(said)
+    check_stored_env(path, stored.env_id, said)
+    return stored
+
+
+def _doubts(config: WorldModelConfig) -> list[str]:
+    rows, longest = config.max_tokens, config.window.full_length
+    if rows is None or rows >= longest:
+        return []
+    return [f"windows of up to {longest} tokens continue a table of {rows} positions linearly"]
+
+
+def _read(path: Path, content: bytes) -> tuple[dict[str, str], Tensors]:
+    """The metadata and tensors of a safetensors file."""
+    try:
+        entries = safetensors.deserialize(content)  # type: ignore[no-untyped-call]
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+    tensors = {}
+    for name, entry in entries:
+        kind = entry["dtype"]
+        if kind not in _DTYPES:
+            raise ValueError(f"{path}: {name} holds {kind}, expected one of {', '.join(_DTYPES)}")
+        flat = np.frombuffer(entry["data"], jnp.dtype(_DTYPES[kind]))
+        tensors[name] = flat.reshape(entry["shape"])
+    (size,) = _HEADER_SIZE.unpack_from(content)
+    header = json.loads(content[_HEADER_SIZE.size : _HEADER_SIZE.size + size])
+    return header.get("__metadata__") or {}, tensors
+
+
+def _digest(description: dict[str, Any], tensors: Tensors) -> str:
+    """SHA-256 of the description and of all tensors: names, kinds, shapes, bytes."""
+    digest = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(json.dumps([name, str(tensor.dtype), tensor.shape]).encode())
+        digest.update(tensor.tobytes())
+    return digest.hexdigest()
+
+
+def _described(path: Path, text: str) -> dict[str, Any]:
+    try:
+        described = json.loads(text)
+    except (RecursionError, ValueError) as error:
+        raise ValueError(f"{path} holds a configuration that kvjax cannot read: {error}") from error
+    is_known = isinstance(described, dict) and described.keys() <= _ENTRIES
+    require(is_known, f"{path} holds a configuration that kvjax cannot read: {text[:80]}")
+    return cast("dict[str, Any]", described)
+
+
+def _check_digest(path: Path, described: dict[str, Any], tensors: Tensors) -> None:
+    if "digest" not in described:
+        _log.warning("%s carries no digest of its weights: written by an earlier kvjax", path)
+        return
+    content = {name: value for name, value in described.items() if name != "digest"}
+    is_whole = described["digest"] == _digest(content, tensors)
+    require(is_whole, f"{path} is damaged: its digest is another than that of its content")
+
+
+def _parse(path: Path, described: dict[str, Any]) -> Checkpoint:
+    """A checkpoint without its weights."""
+    try:
+        config = WorldModelConfig(**_with_tuples(described["config"]))
+        environment = described["environment"]
+        known = None if environment is None else EnvironmentConfig(**_with_tuples(environment))
+        notes = tuple(map(str, described.get("notes", ())))
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path} holds a configuration that kvjax cannot read: {error}") from error
+    return Checkpoint(config, {}, known, notes)
+
+
+def _with_tuples(fields: dict[str, Any]) -> dict[str, Any]:
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+
+
+def _checked_params(path: Path, config: WorldModelConfig, tensors: Tensors) -> Params:
+    _check_sizes(path, config, tensors)
+    expected = flatten_dict(world_model.params_shapes(config), sep=_SEPARATOR)
+    if differing := expected.keys() ^ tensors.keys():
+        raise ValueError(f"{path}: missing or unknown tensors: {listed(differing)}")
+    params = {}
+    for name, value in tensors.items():
+        leaf = expected[name]
+        with np.errstate(over="ignore"):
+            value = value.astype(leaf.dtype)
+        world_model.check_parameter(f"{path}: {name}", value, leaf.shape)
+        params[name] = jnp.asarray(value)
+    return unflatten_dict(params, sep=_SEPARATOR)
+
+
+def _check_sizes(path: Path, config: WorldModelConfig, tensors: Tensors) -> None:
+    """Before a model of these sizes is traced: a size is a side of some tensor."""
+    longest = max((side for tensor in tensors.values() for side in tensor.shape), default=0)
+    sizes = _SIZES + (_IMAGE_SIZES if config.image_shape else ())
+    limits = dict.fromkeys(sizes, longest) | dict.fromkeys(_COUNTS, len(tensors))
+    for name, limit in limits.items():
+        value = getattr(config, name)
+        require(
+            value is None or value <= limit,
+            f"{path} says {name} {value}, its tensors allow {limit} at most",
+        )

@@ -1,0 +1,104 @@
+"""Checks on the host of what a call brings, before anything is compiled.
+
+Shapes: B rows, E embedding size.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kvjax.base.values import describe, require_type
+from kvjax.config import WorldModelConfig
+from kvjax.model.world_model import Params
+from kvjax.ops.window import Window
+
+
+def validate_model(params: Params, config: WorldModelConfig) -> None:
+    """Refuses what are no variables of a world model of this configuration.
+
+    Looks at a few tensors only, since searches are called often: those whose shapes tell one
+    configuration from another.
+
+    Raises:
+      TypeError: `params` is no dictionary, `config` no `WorldModelConfig`.
+      ValueError: `params` is only a part of the variables, or another configuration's.
+    """
+    require_type("config", config, WorldModelConfig, "kvjax.WorldModelConfig")
+    if not isinstance(params, Mapping):
+        hint = ": pass its .params" if hasattr(params, "params") else ""
+        raise TypeError(
+            f'params must be a dictionary of variables, {{"params": ...}}, got {describe(params)}'
+            f"{hint}"
+        )
+    if "params" not in params:
+        raise ValueError(
+            'params must be all variables, {"params": ..., "batch_stats": ...}, got a dictionary'
+            f" of {', '.join(map(str, params)) or 'nothing'}"
+        )
+    for path, expected in _landmarks(config):
+        came = _shape_at(params, path)
+        if came != expected:
+            wanted = "be absent" if expected is None else f"have shape {expected}"
+            raise ValueError(
+                f"params are not those of this config: {'/'.join(path)} must {wanted}, got"
+                f" {'none' if came is None else came}"
+            )
+
+
+def _shape_at(params: Any, path: tuple[str, ...]) -> tuple[int, ...] | None:
+    for name in path:
+        params = params.get(name) if isinstance(params, Mapping) else None
+    return getattr(params, "shape", None)
+
+
+@functools.lru_cache
+def _landmarks(config: WorldModelConfig) -> list[tuple[tuple[str, ...], tuple[int, ...] | None]]:
+    """Names of tensors, and the shapes that they have; None for one that there is not."""
+    width, layers, rows = config.embed_dim, config.num_layers, config.max_tokens
+    norms = {"layernorm": (width,), "simnorm": None}
+    hidden = 4 * width if config.layout == "main" else width
+    known: dict[str, Any] = {
+        "action_embedding/embedding": (config.num_actions, width),
+        "position_embedding/embedding": None if rows is None else (rows, width),
+        f"blocks_{layers - 1}/key/bias": (width,),
+        f"blocks_{layers}/key/bias": None,
+        "value_head/hidden/bias": (hidden,),
+        "value_head/output/bias": (config.support_size,),
+        "latent_final/norm/bias": norms[config.latent_norm],
+    }
+    if config.has_encoder:
+        known["encoder/final/norm/bias"] = norms[config.encoder_norm]
+    if config.image_shape is not None:
+        known["encoder/stem/kernel"] = (3, 3, config.image_shape[0], config.image_channels // 2)
+        known[f"encoder/blocks_{config.image_blocks}/conv1/kernel"] = None
+    elif config.has_encoder:
+        known["encoder/input/kernel"] = (config.observation_size, width)
+    return [(("params", *name.split("/")), shape) for name, shape in known.items()]
+
+
+def validate_key(rng: Any) -> None:
+    """Refuses what is not one PRNG key: `TypeError`. Raw keys, [2] or [4] uint32, are one."""
+    dtype, shape = getattr(rng, "dtype", None), np.shape(rng)
+    if dtype is None:
+        raise TypeError(f"rng must be a PRNG key, got {describe(rng)}: jax.random.key makes one")
+    if not (shape == () if _is_typed_key(dtype) else dtype == np.uint32 and len(shape) == 1):
+        raise TypeError(f"rng must be one PRNG key, got {dtype} of shape {shape}")
+
+
+@functools.lru_cache
+def _is_typed_key(dtype: Any) -> bool:
+    return jnp.issubdtype(dtype, jax.dtypes.prng_key)
+
+
+def validate_raw(owner: str, window: Window, config: WorldModelConfig) -> None:
+    """Refuses windows with raw tokens that the mode does not have, and those without."""
+    keeps = config.window.raw_size is not None
+    if (window.raw is not None) != keeps:
+        raise ValueError(
+            f"the {owner} {'lack' if keeps else 'keep'} raw tokens, which window_mode"
+            f' "{config.window_mode}" {"needs" if keeps else "does not have"}'
+        )

@@ -1,0 +1,213 @@
+"""What environments carry from step to step: root windows and clocks; begun, advanced, replayed.
+
+Shapes: B environments, T steps of a history, E embedding size, A actions, S support bins.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kvjax.base import loops, meshes
+from kvjax.base.arrays import ArrayLike, is_deleted, validate_range
+from kvjax.base.values import require, require_count, require_type
+from kvjax.config import WorldModelConfig
+from kvjax.model import step, world_model
+from kvjax.model.checks import validate_model, validate_raw
+from kvjax.model.world_model import Params
+from kvjax.ops import window as windows
+from kvjax.ops.window import Window
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Contexts:
+    """What environments carry from step to step: their root windows and clocks.
+
+    Attributes:
+      window: a batch, `kv` [B, C, L, 2, H, D] and `length` [B].
+      timestep: [B] int32, -1 before the first step.
+    """
+
+    window: Window
+    timestep: jax.Array
+
+
+def validate_contexts(contexts: Contexts, config: WorldModelConfig) -> None:
+    """Refuses what are no contexts, donated ones, and those of another model or window mode."""
+    require_type("contexts", contexts, Contexts, "kvjax.init_contexts")
+    gone = is_deleted(contexts.timestep)
+    require(not gone, "the contexts were donated to an earlier call: use those that came back")
+    window, rows = contexts.window, contexts.timestep.shape
+    validate_raw("contexts", window, config)
+    expected = (*rows, config.context_length, *config.window.token_shape)
+    if window.kv.shape != expected or window.kv.dtype != config.dtype:
+        raise ValueError(
+            f"the contexts hold windows {window.kv.dtype} {window.kv.shape}, the model's are"
+            f" {config.dtype} {expected}"
+        )
+
+
+def init_contexts(config: WorldModelConfig, num_envs: int) -> Contexts:
+    """Empty contexts, one row per environment.
+
+    Returns:
+      `Contexts` with windows [B, C, L, 2, H, D] and timestep -1.
+
+    Raises:
+      TypeError: `config` is no `WorldModelConfig`.
+      ValueError: `num_envs` is not a positive integer.
+    """
+    require_type("config", config, WorldModelConfig, "kvjax.WorldModelConfig")
+    num_envs = require_count("num_envs", num_envs)
+    empty = windows.init(config.window)
+    window = jax.tree.map(lambda x: jnp.zeros((num_envs, *x.shape), x.dtype), empty)
+    return Contexts(window=window, timestep=jnp.full((num_envs,), -1, jnp.int32))
+
+
+def advance(
+    params: Params,
+    correction: jax.Array | None,
+    contexts: Contexts,
+    observation: jax.Array,
+    last_action: jax.Array,
+    *,
+    config: WorldModelConfig,
+) -> tuple[Contexts, jax.Array, jax.Array]:
+    """Takes what the environments did into their contexts.
+
+    Args:
+      correction: from `world_model.slide_correction`.
+      observation: [B, *observation_shape].
+      last_action: [B] int32, -1 restarts a row.
+
+    Returns:
+      The new contexts, policy logits [B, A] and value logits [B, S] of the observations.
+    """
+    encode = functools.partial(world_model.encode, params, config=config)
+    push = functools.partial(step.root_step, params, correction, config=config)
+    timestep = jnp.where(last_action == step.FIRST_STEP, 0, contexts.timestep + 1)
+    full = step.any_overflows(contexts.window, config)
+    window, policy, value = jax.vmap(push, in_axes=(0, 0, 0, 0, None))(
+        contexts.window, last_action, jax.vmap(encode)(observation), timestep, full
+    )
+    return Contexts(window, timestep), policy, value
+
+
+def replay(
+    params: Params,
+    observation: ArrayLike,
+    action: ArrayLike,
+    length: ArrayLike,
+    *,
+    config: WorldModelConfig,
+    contexts: Contexts | None = None,
+) -> tuple[Contexts, jax.Array, jax.Array]:
+    """Contexts of many recorded histories of unequal lengths, in one jitted call.
+
+    They are those that the steps would have left one by one: for reanalysis, for resuming episodes,
+    for a search from a recorded state.
+
+    Args:
+      observation: [B, T, *observation_shape] float32; what lies behind a row's length is not read.
+      action: [B, T] integer; `action[:, i]` led to `observation[:, i]`, -1 begins an episode. A
+        history that begins in the middle of an episode starts from its first observation alone.
+      length: [B] integer in 0 .. T, steps of each history.
+      config: the model's configuration (static).
+      contexts: where the histories continue from; empty by default. Rotary positions count from its
+        clock.
+
+    Returns:
+      `Contexts`, policy logits [B, A] and value logits [B, S] of each row's last observation (zeros
+      where the length is 0).
+
+    Raises:
+      TypeError: an argument of another type.
+      ValueError: variables or contexts of another configuration, a shape does not fit, or host
+        arrays hold values out of range.
+    """
+    validate_model(params, config)
+    observation, action, length = (
+        x if isinstance(x, jax.Array) else np.asarray(x) for x in (observation, action, length)
+    )
+    require(action.ndim == 2, f"action must have shape [B, T], got {action.shape}")
+    for name, value in {"action": action, "length": length}.items():
+        is_integer = jnp.issubdtype(value.dtype, np.integer)
+        require(is_integer, f"{name} must be integers, got {value.dtype}")
+    rows, steps = action.shape
+    expected = {
+        "observation": (observation, (rows, steps, *config.observation_shape)),
+        "length": (length, (rows,)),
+    }
+    for name, (value, shape) in expected.items():
+        require(value.shape == shape, f"{name} must have shape {shape}, got {value.shape}")
+    validate_range("action", action, step.FIRST_STEP, config.num_actions - 1)
+    validate_range("length", length, 0, steps)
+    require(steps >= 1, "a history needs at least one step, got T = 0")
+    contexts = init_contexts(config, rows) if contexts is None else contexts
+    validate_contexts(contexts, config)
+    given = contexts.timestep.shape[0]
+    require(given == rows, f"contexts must have {rows} rows, got {given}")
+    contexts, policy, value = _replay(
+        params,
+        contexts,
+        observation.astype(jnp.float32),
+        action.astype(jnp.int32),
+        length.astype(jnp.int32),
+        config=config,
+    )
+    return contexts, policy, value
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
+def _replay(
+    params: Params,
+    contexts: Contexts,
+    observation: jax.Array,
+    action: jax.Array,
+    length: jax.Array,
+    *,
+    config: WorldModelConfig,
+) -> tuple[Contexts, jax.Array, jax.Array]:
+    def run(*arguments: Any) -> Any:
+        return _take_steps(*arguments, config=config)
+
+    rows = meshes.spec(meshes.rows_of(length))
+    arguments = params, contexts, observation, action, length
+    result: tuple[Contexts, jax.Array, jax.Array] = meshes.run_automatic(run, arguments, rows)
+    return result
+
+
+def _take_steps(
+    params: Params,
+    contexts: Contexts,
+    observation: jax.Array,
+    action: jax.Array,
+    length: jax.Array,
+    *,
+    config: WorldModelConfig,
+) -> tuple[Contexts, jax.Array, jax.Array]:
+    correction = world_model.slide_correction(params, config=config)
+    rows = length.shape[0]
+
+    def one_step(state: Any, recorded: Any) -> tuple[Any, None]:
+        index, observed, acted = recorded
+        moved = advance(params, correction, state[0], observed, acted, config=config)
+
+        def keep(new: jax.Array, old: jax.Array) -> jax.Array:
+            alive = (index < length).reshape(rows, *[1] * (new.ndim - 1))
+            return jnp.where(alive, new, old)
+
+        return jax.tree.map(keep, moved, state), None
+
+    steps = action.shape[1]
+    history = jnp.arange(steps, dtype=jnp.int32), jnp.moveaxis(observation, 1, 0), action.T
+    step_of = functools.partial(advance, params, correction, contexts, config=config)
+    _, *outputs = jax.eval_shape(step_of, observation[:, 0], action[:, 0])
+    policy, value = (jnp.zeros(x.shape, x.dtype) for x in outputs)
+    start = contexts, policy, value
+    result: tuple[Contexts, jax.Array, jax.Array] = loops.scan(one_step, start, history)[0]
+    return result

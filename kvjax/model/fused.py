@@ -1,0 +1,343 @@
+"""The world model as a search wants it: weights folded once, activations feature-major.
+
+Folding moves everything out of the loop that does not depend on the activations. The matrices that
+write the residual stream keep it centred; LayerNorm's scale and shift sit in the matrix that
+follows, and what is left of it is one sum of squares, applied after the product. Query, key and
+value are one matrix, and the two heads that read the same token are one pair.
+
+Rows are batched by hand, because `W[out, in] @ x[in, B]` is what a CPU multiplies fastest when B is
+small.
+
+Shapes: B rows, E embedding size, L layers, H heads, D head size, A actions, R support bins, T slots
+of a window, K hidden units of a head.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kvjax.base.values import require_shape
+from kvjax.config import WorldModelConfig
+from kvjax.model import world_model
+from kvjax.model.encoders import EPSILON
+from kvjax.model.world_model import Params
+from kvjax.ops import position
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A world model's variables and what a search needs of them, see `kvjax.prepare`.
+
+    Attributes:
+      params: the variables.
+      folded: `kvjax.model.fused.Folded`.
+    """
+
+    params: Params
+    folded: Any
+
+
+_UNROLLED = 32
+"""The largest SimNorm group that is written out, which is faster; it takes time to compile."""
+
+Cached = tuple[tuple[jax.Array, jax.Array], ...]
+"""Keys and values [B, T, E] of each layer."""
+Fresh = tuple[jax.Array, ...]
+"""One token's keys and values [B, 2, E] of each layer."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Linear:
+    """`weight @ x + bias`, feature-major."""
+
+    weight: jax.Array  # [out, in]
+    bias: jax.Array  # [out]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """One transformer layer."""
+
+    qkv: Linear  # [3E, E], reads the normalised stream; the query is scaled by 1 / sqrt(D)
+    projection: Linear  # [E, E], writes the stream
+    expand: Linear  # [4E, E]
+    contract: Linear  # [E, 4E], writes the stream
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class HeadPair:
+    """Two heads that read the same token."""
+
+    hidden: Linear  # [2K, E]
+    norm: Linear | None  # scale and shift [2, K] of main's second LayerNorm
+    first: Linear  # [out, K]
+    second: Linear  # [out, K]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Folded:
+    """All that a simulation needs of a world model."""
+
+    blocks: tuple[Block, ...]
+    final_norm: Linear | None  # [E] scale and shift; None where the heads hold them
+    at_action: HeadPair  # reward, latent
+    at_observation: HeadPair  # policy, value
+    latent_norm: Linear | None  # [E], of an observation head that ends in LayerNorm
+    actions: jax.Array  # [A, E] centred
+    positions: jax.Array | None  # [C, E] centred; None if positions are rotary
+    projected: jax.Array | None  # [C, L, 2, H, D], what each position adds to keys and values
+
+
+def fold(params: Params, *, config: WorldModelConfig) -> Folded:
+    """Prepares parameters for a search; do it again whenever they change."""
+    p = params["params"]
+    table, projected = None, None
+    if not config.is_rotary:
+        table = _centred(world_model.positions(params, config=config), axis=1)
+        projected = world_model.projected_positions(params, config=config)
+    heads = {name: p[f"{name}_head"] for name in ("reward", "latent", "policy", "value")}
+    final = p["final_norm"]
+    latent_norm = p.get("latent_final", {}).get("norm")
+    return Folded(
+        blocks=tuple(_fold_block(p[f"blocks_{i}"], config) for i in range(config.num_layers)),
+        final_norm=_affine(final) if config.layout == "main" else None,
+        at_action=_fold_heads(heads["reward"], heads["latent"], final),
+        at_observation=_fold_heads(heads["policy"], heads["value"], final),
+        latent_norm=None if latent_norm is None else _affine(latent_norm),
+        actions=_centred(p["action_embedding"]["embedding"], axis=1),
+        positions=table,
+        projected=projected,
+    )
+
+
+def _centred(x: jax.Array, axis: int) -> jax.Array:
+    return x - jnp.mean(x, axis=axis, keepdims=True)
+
+
+def _affine(norm: Params) -> Linear:
+    return Linear(weight=norm["scale"], bias=norm["bias"])
+
+
+def _reading(dense: Params, norm: Params) -> Linear:
+    """A dense layer behind a LayerNorm, whose scale and shift it takes over."""
+    weight = dense["kernel"].T
+    return Linear(weight * norm["scale"][None], weight @ norm["bias"] + dense["bias"])
+
+
+def _writing(dense: Params) -> Linear:
+    """A dense layer whose outputs have mean zero."""
+    return Linear(_centred(dense["kernel"].T, axis=0), _centred(dense["bias"], axis=0))
+
+
+def _plain(dense: Params) -> Linear:
+    return Linear(dense["kernel"].T, dense["bias"])
+
+
+def _stacked(*layers: Linear) -> Linear:
+    stacked: Linear = jax.tree.map(lambda *parts: jnp.concatenate(parts), *layers)
+    return stacked
+
+
+def _fold_block(block: Params, config: WorldModelConfig) -> Block:
+    norm = block["attention_norm"]
+    query, key, value = (_reading(block[name], norm) for name in ("query", "key", "value"))
+    scale = config.window.head_dim**-0.5
+    return Block(
+        qkv=_stacked(Linear(query.weight * scale, query.bias * scale), key, value),
+        projection=_writing(block["projection"]),
+        expand=_reading(block["expand"], block["feed_forward_norm"]),
+        contract=_writing(block["contract"]),
+    )
+
+
+def _fold_heads(first: Params, second: Params, final_norm: Params) -> HeadPair:
+    """Release 0.2.0's heads take the final norm over; main's have norms of their own."""
+    heads = (first, second)
+    has_norms = "input_norm" in first
+    hidden = [_reading(h["hidden"], h["input_norm"] if has_norms else final_norm) for h in heads]
+    norm = None
+    if has_norms:
+        hidden = [Linear(_centred(h.weight, 0), _centred(h.bias, 0)) for h in hidden]
+        norms = [_affine(h["hidden_norm"]) for h in heads]
+        norm = jax.tree.map(lambda *parts: jnp.stack(parts), *norms)
+    return HeadPair(_stacked(*hidden), norm, _plain(first["output"]), _plain(second["output"]))
+
+
+def _rstd(centred: jax.Array, axis: int = 0) -> jax.Array:
+    """What LayerNorm multiplies a centred vector with: [E, B] to [1, B]."""
+    return jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=axis, keepdims=True) + EPSILON)
+
+
+def _apply(layer: Linear, x: jax.Array, scale: jax.Array | float = 1.0) -> jax.Array:
+    """`weight @ (scale * x) + bias` with the scale [1, B] applied after the product."""
+    return (layer.weight @ x) * scale + layer.bias[:, None]
+
+
+def token_step(
+    folded: Folded,
+    x: jax.Array,
+    cached: Cached,
+    valid: jax.Array,
+    fresh: tuple[Fresh, ...] = (),
+    rotation: jax.Array | None = None,
+    *,
+    config: WorldModelConfig,
+) -> tuple[jax.Array, Fresh]:
+    """Runs one token of each row through the transformer.
+
+    Args:
+      x: [E, B], centred, position included.
+      cached: keys and values of the windows as they are read, positions included.
+      valid: [B, T] bool.
+      fresh: tokens pushed after the window, as this function returned them.
+      rotation: [B, 2, D / 2] of the token, see `kvjax.ops.position.rotation`.
+
+    Returns:
+      The stream [E, B] behind the last layer, centred and not normalised, and the token's own keys
+      and values.
+    """
+    require_shape("x", x, ("E", "B"))
+    require_shape("valid", valid, (x.shape[1], "T"))
+    width, batch = x.shape
+    own = []
+    for layer, block in enumerate(folded.blocks):
+        qkv = _apply(block.qkv, x, _rstd(x)).T.reshape(batch, 3, width)
+        qkv = qkv if rotation is None else _rotate(qkv, rotation, config)
+        behind = jnp.stack([*(token[layer] for token in fresh), qkv[:, 1:]], axis=1)
+        read = _attend(qkv[:, 0], cached[layer], valid, behind, config.num_heads)
+        x = x + _apply(block.projection, read.T)
+        x = x + _apply(block.contract, jax.nn.gelu(_apply(block.expand, x, _rstd(x))))
+        own.append(qkv[:, 1:])
+    return x, tuple(own)
+
+
+def _rotate(qkv: jax.Array, rotation: jax.Array, config: WorldModelConfig) -> jax.Array:
+    """Rotates queries and keys of [B, 3, E] by [B, 2, D / 2]."""
+    heads = qkv[:, :2].reshape(len(qkv), 2 * config.num_heads, -1)
+    turned = jax.vmap(position.rotate)(heads, rotation).reshape(qkv[:, :2].shape)
+    return jnp.concatenate([turned, qkv[:, 2:]], axis=1)
+
+
+def sequence(folded: Folded, x: jax.Array, *, config: WorldModelConfig) -> Cached:
+    """Keys and values of whole sequences at positions 0, 1, .., each token reading those before it.
+
+    Args:
+      x: [E, B, T], centred, without positions.
+    """
+    embed_dim, batch, length = x.shape
+    heads = (3, config.num_heads, config.window.head_dim, batch, length)
+    causal = jnp.tril(jnp.ones((length, length), bool))
+    if folded.positions is not None:
+        x = x + folded.positions[:length].T[:, None]
+    x, own = x.reshape(embed_dim, -1), []
+    for block in folded.blocks:
+        query, key, value = _apply(block.qkv, x, _rstd(x)).reshape(heads)  # [H, D, B, T] each
+        scores = jnp.einsum("hdbq,hdbk->bhqk", query, key)
+        weights = jax.nn.softmax(jnp.where(causal[None, None], scores, -jnp.inf), axis=-1)
+        read = jnp.einsum("bhqk,hdbk->hdbq", weights, value).reshape(embed_dim, -1)
+        x = x + _apply(block.projection, read)
+        x = x + _apply(block.contract, jax.nn.gelu(_apply(block.expand, x, _rstd(x))))
+        keys, values = (
+            part.transpose(2, 3, 0, 1).reshape(batch, length, -1) for part in (key, value)
+        )
+        own.append((keys, values))
+    return tuple(own)
+
+
+def _attend(
+    query: jax.Array,
+    cached: tuple[jax.Array, jax.Array],
+    valid: jax.Array,
+    fresh: jax.Array,
+    heads: int,
+) -> jax.Array:
+    """Reads [B, E]: query [B, E] (scaled), cached keys and values [B, T, E], fresh [B, F, 2, E].
+
+    The softmax divides last, where its sum is small.
+    """
+    keys, values = cached
+    spread = functools.partial(jnp.repeat, repeats=query.shape[1] // heads, axis=-1)
+    cached_scores = _by_head(query[:, None] * keys, heads)  # [B, T, H]
+    cached_scores = jnp.where(valid[..., None], cached_scores, -jnp.inf)
+    fresh_scores = _by_head(query[:, None] * fresh[:, :, 0], heads)
+    largest = jnp.maximum(jnp.max(cached_scores, axis=1), jnp.max(fresh_scores, axis=1))[:, None]
+    cached_weights = jnp.exp(cached_scores - largest)
+    fresh_weights = jnp.exp(fresh_scores - largest)
+    total = jnp.sum(cached_weights, axis=1) + jnp.sum(fresh_weights, axis=1)
+    read = jnp.sum(spread(cached_weights) * values, axis=1)
+    read = read + jnp.sum(spread(fresh_weights) * fresh[:, :, 1], axis=1)
+    return read / spread(total)
+
+
+def _by_head(x: jax.Array, heads: int) -> jax.Array:
+    """Sums [.., E] within each head: [.., H]."""
+    return jnp.sum(x.reshape(*x.shape[:-1], heads, -1), axis=-1)
+
+
+def _head_pair(folded: Folded, pair: HeadPair, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Both heads' outputs [out, B] of the stream [E, B]."""
+    if folded.final_norm is None:
+        hidden = _apply(pair.hidden, x, _rstd(x))
+    else:
+        normed = x * _rstd(x) * folded.final_norm.weight[:, None] + folded.final_norm.bias[:, None]
+        centred = _centred(normed, axis=0)
+        hidden = _apply(pair.hidden, centred, _rstd(centred))
+    halves = hidden.reshape(2, -1, hidden.shape[-1])
+    if pair.norm is not None:
+        halves = halves * _rstd(halves, axis=1) * pair.norm.weight[..., None]
+        halves = halves + pair.norm.bias[..., None]
+    first, second = jax.nn.gelu(halves)
+    return _apply(pair.first, first), _apply(pair.second, second)
+
+
+def at_action(folded: Folded, x: jax.Array, *, config: WorldModelConfig) -> tuple[Any, Any]:
+    """Stream [E, B] of action tokens to reward logits [R, B] and next latents [E, B]."""
+    reward, latent = _head_pair(folded, folded.at_action, x)
+    if folded.latent_norm is None:
+        return reward, _simnorm(latent, config.simnorm_group)
+    centred = _centred(latent, axis=0)
+    norm = folded.latent_norm
+    return reward, centred * _rstd(centred) * norm.weight[:, None] + norm.bias[:, None]
+
+
+def at_observation(folded: Folded, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Stream [E, B] of observation tokens to policy logits [A, B] and value logits [R, B]."""
+    return _head_pair(folded, folded.at_observation, x)
+
+
+def _simnorm(x: jax.Array, group: int) -> jax.Array:
+    """Softmax over groups of rows of [E, B]; the few entries of a usual group are unrolled."""
+    grouped = x.reshape(-1, group, x.shape[-1])
+    if group > _UNROLLED:
+        return jax.nn.softmax(grouped, axis=1).reshape(x.shape)
+    largest = grouped[:, 0]
+    for entry in range(1, group):
+        largest = jnp.maximum(largest, grouped[:, entry])
+    exponents = jnp.exp(grouped - largest[:, None])
+    total = exponents[:, 0]
+    for entry in range(1, group):
+        total = total + exponents[:, entry]
+    return (exponents / total[:, None]).reshape(x.shape)
+
+
+def embed_action(folded: Folded, action: jax.Array) -> jax.Array:
+    """Actions [B] to raw tokens [E, B], centred."""
+    return folded.actions[action].T
+
+
+def embed_latent(latent: jax.Array) -> jax.Array:
+    """Latents [E, B] to raw tokens [E, B], centred."""
+    return _centred(latent, axis=0)
+
+
+def place(folded: Folded, token: jax.Array, slot: jax.Array) -> jax.Array:
+    """Adds learned positions, if there are any, to raw tokens [E, B] in slots [B]."""
+    return token if folded.positions is None else token + folded.positions[slot].T

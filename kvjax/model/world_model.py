@@ -1,0 +1,369 @@
+"""UniZero's transformer world model in inference, one token at a time (Flax).
+
+The model reads a window and returns the new token's keys and values; it never writes a cache.
+
+Shapes: E embedding size, L layers, H heads, D head size, A actions, S support bins.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kvjax.base.values import require_shape
+from kvjax.config import WorldModelConfig
+from kvjax.model import encoders
+from kvjax.model.encoders import Normalise, layer_norm
+from kvjax.ops import attention, position
+from kvjax.ops import window as windows
+from kvjax.ops.window import Window
+
+Params = Any
+"""Flax variables of a world model: {"params": ..., "batch_stats": ...}."""
+
+
+_EXPANSION = 4
+"""Hidden width of the feed-forward layers and of main's heads, in units of E."""
+
+
+class _Head(nn.Module):
+    """Prediction head of release 0.2.0 (E hidden units) or of main (normalised, 4E)."""
+
+    config: WorldModelConfig
+    size: int
+
+    def setup(self) -> None:
+        if self.config.layout == "main":
+            self.input_norm = layer_norm()
+            self.hidden = nn.Dense(_EXPANSION * self.config.embed_dim)
+            self.hidden_norm = layer_norm()
+        else:
+            self.hidden = nn.Dense(self.config.embed_dim)
+        self.output = nn.Dense(self.size)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        if self.config.layout == "main":
+            hidden = self.hidden_norm(self.hidden(self.input_norm(x)))
+        else:
+            hidden = self.hidden(x)
+        return self.output(nn.gelu(hidden))
+
+
+class _Block(nn.Module):
+    """Pre-LayerNorm transformer block for one token and its window."""
+
+    config: WorldModelConfig
+
+    def setup(self) -> None:
+        width = self.config.embed_dim
+        self.attention_norm, self.feed_forward_norm = layer_norm(), layer_norm()
+        self.query, self.key = nn.Dense(width), nn.Dense(width)
+        self.value, self.projection = nn.Dense(width), nn.Dense(width)
+        self.expand, self.contract = nn.Dense(_EXPANSION * width), nn.Dense(width)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        cached: jax.Array,
+        valid: jax.Array,
+        rotation: jax.Array | None,
+        zero_keys: jax.Array | None,
+    ) -> tuple[jax.Array, jax.Array]:
+        query, fresh = self._query_and_fresh(x, rotation)
+        read = attention.attend(query, fresh, cached, valid, zero_keys)
+        return self._after_attention(x, read.reshape(-1)), fresh
+
+    def sequence(
+        self, x: jax.Array, earlier: jax.Array, rotation: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """T tokens at once: x [T, E]; each reads the `earlier` ones [T, T] bool and itself."""
+        query, fresh = jax.vmap(self._query_and_fresh)(x, rotation)
+        read = jax.vmap(attention.attend, (0, 0, None, 0))(query, fresh, fresh, earlier)
+        return self._after_attention(x, read.reshape(len(x), -1)), fresh
+
+    def _query_and_fresh(
+        self, x: jax.Array, rotation: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        heads = (self.config.num_heads, -1)
+        normed = self.attention_norm(x)
+        query, key = self.query(normed).reshape(heads), self.key(normed).reshape(heads)
+        if rotation is not None:
+            query, key = position.rotate(query, rotation), position.rotate(key, rotation)
+        return query, jnp.stack([key, self.value(normed).reshape(heads)])
+
+    def _after_attention(self, x: jax.Array, read: jax.Array) -> jax.Array:
+        x = x + self.projection(read)
+        return x + self.contract(nn.gelu(self.expand(self.feed_forward_norm(x))))
+
+
+class WorldModel(nn.Module):
+    """The whole model for one item. Use the module functions below, which apply it."""
+
+    config: WorldModelConfig
+
+    def setup(self) -> None:  # noqa: D102
+        config = self.config
+        if config.has_encoder:
+            self.encoder = encoders.make(config)
+        if config.max_tokens is not None:
+            self.position_embedding = nn.Embed(config.max_tokens, config.embed_dim)
+        self.action_embedding = nn.Embed(config.num_actions, config.embed_dim)
+        self.blocks = [_Block(config) for _ in range(config.num_layers)]
+        self.final_norm = layer_norm()
+        self.reward_head = _Head(config, config.support_size)
+        self.latent_head = _Head(config, config.embed_dim)
+        self.latent_final = Normalise(config.latent_norm, config.simnorm_group)
+        self.policy_head = _Head(config, config.num_actions)
+        self.value_head = _Head(config, config.support_size)
+
+    def positions(self) -> jax.Array:
+        """The position table as far as a window reaches: [C, E]."""
+        table = self.position_embedding.embedding
+        return position.continue_table(table, self.config.context_length)
+
+    def encode(self, observation: jax.Array) -> jax.Array:
+        """One observation -> latent [E]."""
+        if not self.config.has_encoder:
+            return observation
+        latent: jax.Array = self.encoder(observation)
+        return latent
+
+    def embed_action(self, action: jax.Array) -> jax.Array:
+        """[] int32 -> token [E]."""
+        # Not called, since Flax's layer fails for a table of one row.
+        return jnp.take(self.action_embedding.embedding, action, axis=0)
+
+    def token_step(
+        self,
+        token: jax.Array,
+        window: Window,
+        position: jax.Array | None,
+        zero_keys: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """See `kvjax.model.world_model.token_step`."""
+        valid = windows.valid_mask(window)
+        x, rotation = self._place(token, window.length if position is None else position)
+        fresh = []
+        for layer, block in enumerate(self.blocks):
+            x, kv = block(x, window.kv[:, layer], valid, rotation, zero_keys)
+            fresh.append(kv)
+        return self.final_norm(x), jnp.stack(fresh)
+
+    def sequence(
+        self, tokens: jax.Array, positions: jax.Array, earlier: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """See `kvjax.model.world_model.sequence`."""
+        x, rotation = jax.vmap(self._place)(tokens, positions)
+        fresh = []
+        for block in self.blocks:
+            x, kv = block.sequence(x, earlier, rotation)
+            fresh.append(kv)
+        return self.final_norm(x), jnp.stack(fresh, axis=1)
+
+    def _place(
+        self, token: jax.Array, token_position: jax.Array
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Adds a learned position to a token [E], or says how to rotate its query and key."""
+        config = self.config
+        if not config.is_rotary:
+            return token + self.positions()[token_position], None
+        head_dim = config.window.head_dim
+        return token, position.rotation(token_position, head_dim, config.rope_theta)
+
+    def at_action(self, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Heads read at an action token: reward logits [S] and next latent [E]."""
+        return self.reward_head(hidden), self.latent_final(self.latent_head(hidden))
+
+    def at_observation(self, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Heads read at an observation token: policy logits [A] and value logits [S]."""
+        return self.policy_head(hidden), self.value_head(hidden)
+
+    def __call__(self, observation: jax.Array, action: jax.Array, window: Window) -> Any:
+        """Touches every parameter once: what `init` needs."""
+        hidden, _ = self.token_step(self.encode(observation), window, None)
+        return self.embed_action(action), self.at_action(hidden), self.at_observation(hidden)
+
+
+def init_params(rng: jax.Array, config: WorldModelConfig) -> Params:
+    """Fresh random parameters of a world model.
+
+    Args:
+      rng: a JAX PRNG key.
+      config: the model's configuration.
+
+    Returns:
+      Flax variables.
+    """
+    window = windows.init(config.window)
+    observation = jnp.zeros(config.observation_shape, jnp.float32)
+    return WorldModel(config).init(rng, observation, jnp.zeros((), jnp.int32), window)
+
+
+def params_shapes(config: WorldModelConfig) -> Params:
+    """Shapes and dtypes of a model's variables, as `jax.ShapeDtypeStruct` leaves."""
+    return jax.eval_shape(lambda: init_params(jax.random.key(0), config))
+
+
+def check_parameter(name: str, value: np.ndarray[Any, Any], shape: tuple[int, ...]) -> None:
+    """Refuses a weight that has another shape, is no floating-point number or is not finite.
+
+    Raises:
+      ValueError: with the weight's name, what was expected and what came.
+    """
+    check_kind(name, value.dtype)
+    if value.shape != shape:
+        raise ValueError(f"{name} has shape {value.shape}, expected {shape}")
+    if not np.isfinite(value).all():
+        count = int((~np.isfinite(value)).sum())
+        raise ValueError(f"{name} holds {count} values that are NaN or infinite")
+
+
+def check_kind(name: str, dtype: Any) -> None:
+    """Refuses weights that are complex, integers or booleans.
+
+    Raises:
+      ValueError: with the weight's name and what it holds.
+    """
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"{name} holds {dtype}, expected floating-point numbers")
+
+
+def _apply(config: WorldModelConfig, params: Params, *args: Any, method: str) -> Any:
+    return WorldModel(config).apply(params, *args, method=method)
+
+
+def encode(params: Params, observation: jax.Array, *, config: WorldModelConfig) -> jax.Array:
+    """Observation [*observation_shape] to latent [E]; the identity for a model without encoder."""
+    require_shape("observation", observation, config.observation_shape)
+    latent: jax.Array = _apply(config, params, observation, method="encode")
+    return latent
+
+
+def embed_action(params: Params, action: jax.Array, *, config: WorldModelConfig) -> jax.Array:
+    """Action [] int32 in 0 .. A - 1 to its token [E]."""
+    require_shape("action", action, ())
+    token: jax.Array = _apply(config, params, action, method="embed_action")
+    return token
+
+
+def token_step(
+    params: Params,
+    token: jax.Array,
+    window: Window,
+    position: jax.Array | None = None,
+    *,
+    config: WorldModelConfig,
+    zero_keys: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Runs one token through the transformer, reading a window.
+
+    Args:
+      token: [E], a latent or an embedded action, without position.
+      window: what the token may attend to, `kv` [C, L, 2, H, D].
+      position: [] int32, where a rotary model places the token; the window's length by default,
+        which is where learned positions place it.
+      zero_keys: see `kvjax.ops.attention.attend`.
+
+    Returns:
+      hidden [E] and the token's own keys and values [L, 2, H, D], ready for `append`.
+    """
+    require_shape("token", token, config.latent_shape)
+    require_shape("window.kv", window.kv, (config.context_length, *config.window.token_shape))
+    if position is not None:
+        require_shape("position", position, ())
+    hidden, kv_token = _apply(
+        config, params, token, window, position, zero_keys, method="token_step"
+    )
+    return hidden, kv_token
+
+
+def sequence(
+    params: Params,
+    tokens: jax.Array,
+    positions: jax.Array | None = None,
+    earlier: jax.Array | None = None,
+    *,
+    config: WorldModelConfig,
+) -> tuple[jax.Array, jax.Array]:
+    """Runs T tokens through the transformer at once, without a window.
+
+    Args:
+      tokens: [T, E], latents and embedded actions, without positions.
+      positions: [T] int32, 0 .. T - 1 by default; learned ones below C.
+      earlier: [T, T] bool, which tokens each one may attend to besides itself; all before it by
+        default.
+
+    Returns:
+      hidden [T, E] and keys and values [T, L, 2, H, D].
+    """
+    require_shape("tokens", tokens, ("T", *config.latent_shape))
+    length = tokens.shape[0]
+    positions = jnp.arange(length, dtype=jnp.int32) if positions is None else positions
+    earlier = jnp.tril(jnp.ones((length, length), bool), k=-1) if earlier is None else earlier
+    require_shape("positions", positions, (length,))
+    require_shape("earlier", earlier, (length, length))
+    hidden, kv = _apply(config, params, tokens, positions, earlier, method="sequence")
+    return hidden, kv
+
+
+def at_action(
+    params: Params, hidden: jax.Array, *, config: WorldModelConfig
+) -> tuple[jax.Array, jax.Array]:
+    """Hidden state [E] of an action token to reward logits [S] and next latent [E]."""
+    require_shape("hidden", hidden, config.latent_shape)
+    reward, latent = _apply(config, params, hidden, method="at_action")
+    return reward, latent
+
+
+def at_observation(
+    params: Params, hidden: jax.Array, *, config: WorldModelConfig
+) -> tuple[jax.Array, jax.Array]:
+    """Hidden state [E] of an observation token to policy logits [A] and value logits [S]."""
+    require_shape("hidden", hidden, config.latent_shape)
+    policy, value = _apply(config, params, hidden, method="at_observation")
+    return policy, value
+
+
+def positions(params: Params, *, config: WorldModelConfig) -> jax.Array:
+    """The position table as far as a window reaches: [C, E]."""
+    table: jax.Array = _apply(config, params, method="positions")
+    return table
+
+
+def projected_positions(params: Params, *, config: WorldModelConfig) -> jax.Array:
+    """What each position adds to keys and values when LayerNorm is left out: [C, L, 2, H, D].
+
+    For learned positions only.
+    """
+    blocks = [params["params"][f"blocks_{layer}"] for layer in range(config.num_layers)]
+    kernels = jnp.stack(
+        [jnp.stack([block["key"]["kernel"], block["value"]["kernel"]]) for block in blocks]
+    )
+    return position.project(positions(params, config=config), kernels, config.num_heads)
+
+
+def slide_correction(params: Params, *, config: WorldModelConfig) -> jax.Array | None:
+    """What `kvjax.ops.window.slide` needs for this model: [C - 3, L, 2, H, D].
+
+    None unless the model's `window_mode` is "learned". Depends on the parameters alone: compute it
+    once per call, outside the simulations' loop, and it can never be older than the weights.
+    """
+    if config.window_mode != "learned":
+        return None
+    return position.slide_correction(projected_positions(params, config=config))
+
+
+def rebuild(params: Params, window: Window, *, config: WorldModelConfig) -> Window:
+    """Computes a window's keys and values again, from its raw tokens at positions 0 .. length - 1.
+
+    Args:
+      window: of at most C - 3 tokens, with `raw` [C, E] (window mode "rebuild").
+    """
+    kept = config.window.kept_length
+    _, kv = sequence(params, jnp.asarray(window.raw)[:kept], config=config)
+    valid = jnp.arange(kept, dtype=jnp.int32) < window.length
+    kv = jnp.where(valid[:, None, None, None, None], kv, 0).astype(window.kv.dtype)
+    return dataclasses.replace(window, kv=jnp.zeros_like(window.kv).at[:kept].set(kv))

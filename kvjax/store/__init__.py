@@ -1,0 +1,61 @@
+"""Windows by latent: pools of hashed slots, and the store that search steps share.
+
+`pool` is one table of slots; `windows` makes a store of two of them.
+"""
+
+from kvjax.store import pool, statistics
+from kvjax.store.windows import (
+    Found,
+    Store,
+    add_nodes,
+    add_roots,
+    clear,
+    clear_environment,
+    clear_nodes,
+    count_lookups,
+    count_padding,
+    count_rebuilt,
+    find,
+    init_store,
+    keys_of,
+    latent_keys,
+    latest_roots,
+    new_epoch,
+    num_envs,
+    only,
+    require_store,
+    resolve,
+    stats,
+    take,
+    touch,
+    with_latest,
+)
+
+__all__ = [
+    "Found",
+    "Store",
+    "add_nodes",
+    "add_roots",
+    "clear",
+    "clear_environment",
+    "clear_nodes",
+    "count_lookups",
+    "count_padding",
+    "count_rebuilt",
+    "find",
+    "init_store",
+    "keys_of",
+    "latent_keys",
+    "latest_roots",
+    "new_epoch",
+    "num_envs",
+    "only",
+    "pool",
+    "require_store",
+    "resolve",
+    "statistics",
+    "stats",
+    "take",
+    "touch",
+    "with_latest",
+]

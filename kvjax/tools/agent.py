@@ -1,0 +1,75 @@
+"""Reads an agent from wherever it is: shipped with kvjax, a kvjax file, or a LightZero file."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kvjax.config import WindowMode
+from kvjax.lightzero.checkpoint.configuration import SAID, check_names
+from kvjax.lightzero.checkpoint.described import CLIP
+from kvjax.model import checkpoint
+from kvjax.model.checkpoint import Checkpoint
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """An agent, and where it is from."""
+
+    agent: Checkpoint
+    ignored: tuple[str, ...]  # tensors that inference leaves out
+    origins: Mapping[str, str]  # fields of the configuration: "as you said", "from ..."
+
+
+def read_agent(
+    source: str | Path,
+    *,
+    num_heads: int | None = None,
+    context_length: int | None = None,
+    window_mode: WindowMode | None = None,
+    **options: Any,
+) -> tuple[Checkpoint, tuple[str, ...]]:
+    """The agent, and the names of the tensors that inference leaves out.
+
+    Args:
+      source: a shipped agent's name, a `.safetensors` file or a LightZero `.pth.tar` file.
+      num_heads: what a LightZero file does not tell; a kvjax file must agree with it.
+      context_length: likewise, in tokens.
+      window_mode: another one than the file says; see `WorldModelConfig`.
+      **options: further ones of `kvjax.lightzero.load`, with which a kvjax file must agree; `env`,
+        the environment to play, see `kvjax.checkpoint.load`.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: the file cannot be read, or says something else than the arguments.
+    """
+    options |= {"num_heads": num_heads, "context_length": context_length}
+    found = find_agent(source, window_mode=window_mode, **options)
+    return found.agent, found.ignored
+
+
+def find_agent(source: str | Path, *, env: str | None = None, **options: Any) -> Found:
+    """Like `read_agent`, and says where each field of the configuration is from."""
+    path = checkpoint.shipped().get(str(source), Path(source))
+    said = {name: value for name, value in options.items() if value is not None}
+    if path.suffix == checkpoint.SUFFIX:
+        return _find_own(path, said, env)
+    from kvjax.lightzero.checkpoint.reading import read
+
+    imported = read(path, **said)
+    agent = Checkpoint(imported.config, imported.params, notes=imported.notes)
+    return Found(agent, imported.ignored, imported.origins)
+
+
+def _find_own(path: Path, said: dict[str, Any], env: str | None) -> Found:
+    said.pop(CLIP, None)  # told by the file's notes, if it was meant
+    check_names(said)
+    agent = checkpoint.load(path, env=env)
+    stored = dataclasses.asdict(agent.config)
+    origins = dict.fromkeys(stored, f"from {path}") | dict.fromkeys(said, SAID)
+    mode = {name: said.pop(name) for name in ("window_mode",) if name in said}
+    for name, value in said.items():
+        if value != stored[name]:
+            raise ValueError(f"{path} was converted with {name} {stored[name]}, got {value}")
+    config = dataclasses.replace(agent.config, **mode)
+    return Found(dataclasses.replace(agent, config=config), (), origins)

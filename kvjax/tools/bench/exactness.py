@@ -1,0 +1,278 @@
+"""`kvjax bench exactness`: how far each window mode is from a full forward pass, layer by layer.
+
+One episode is run by the cache. At each step the outputs and the stored window are compared with
+two references, which no mode equals both of once a window has overflowed:
+
+* "history": one full pass over the tokens of the whole episode, each at the position where it was
+  pushed, attending to what was in its window then. What left the window goes on acting through the
+  tokens that saw it.
+* "window": the window's own raw tokens alone, at the positions that the mode gives them. What left
+  the window is forgotten.
+
+Shapes: T steps, N = 2 T - 1 tokens, E embedding size, L layers, C context_length in tokens.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kvjax.base import files
+from kvjax.config import WINDOW_MODES, WindowMode, WorldModelConfig
+from kvjax.model import checkpoint, step, world_model
+from kvjax.model.world_model import Params
+from kvjax.ops import window as windows
+from kvjax.ops.window import Window
+from kvjax.tools.bench import timing
+
+Array = np.ndarray[Any, Any]
+Progress = Callable[[float, str], None]
+
+STEPS = 100
+WEIGHTS = ("trained", "random")
+REFERENCES = ("history", "window")
+_TRAINED = {True: "cartpole_masked_rope", False: "cartpole_masked"}  # by rotary positions
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A model in one window mode, and the episode that it is run on."""
+
+    config: WorldModelConfig
+    params: Params
+    actions: Array  # [T - 1] int32
+    latents: Array  # [T, E] float32
+
+
+@dataclasses.dataclass(frozen=True)
+class Outputs:
+    """What a pass says at each step."""
+
+    policy: Array  # [T, A] logits
+    value: Array  # [T, S] logits
+    kept: tuple[Array, ...]  # per step [n, L, 2, H, D]: what stays in the window after the step
+
+
+def run(
+    *,
+    only: str = "",
+    progress: Progress = lambda fraction, text: None,
+    plot: str | Path | None = None,
+    rows: list[dict[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """Compares every mode with both references, with trained and with random weights.
+
+    Args:
+      only: comma-separated parts of a row's label, e.g. "mode=rebuild,weights=trained".
+      plot: writes a picture of the errors along the episode, as matplotlib understands the name.
+      rows: where rows are added as they are measured.
+
+    Returns:
+      The fields of `--json`: machine, versions, and one row per weights, mode and reference. A row
+      has the largest absolute errors of the policy and value logits; the mean relative error
+      (Frobenius) of each layer's keys and values over the steps whose window has overflowed; and
+      `series`, the larger relative error of the last layer's keys and values at each step.
+
+    Raises:
+      ValueError: no row fits `only`, or matplotlib writes no plot of that name.
+      ImportError: a plot without matplotlib.
+      OSError: the plot cannot be written; said before anything is measured.
+    """
+    parts = [part for part in only.split(",") if part]
+    labels: list[tuple[str, WindowMode]] = [
+        (weights, mode)
+        for weights in WEIGHTS
+        for mode in WINDOW_MODES
+        if all(part in (f"weights={weights}", f"mode={mode}") for part in parts)
+    ]
+    if not labels:
+        raise ValueError(
+            f"no row matches {only!r}; say mode=, one of {', '.join(WINDOW_MODES)}, or weights=,"
+            f" one of {', '.join(WEIGHTS)}"
+        )
+    if plot is not None:
+        _plot_format(plot)
+        files.require_writable(plot)
+    rows = [] if rows is None else rows
+    for index, (weights, mode) in enumerate(labels):
+        progress(index / len(labels), f"{weights} weights, {mode}")
+        case = make_case(weights, mode)
+        ours, history = by_cache(case), History(case.config, STEPS)
+        for reference in REFERENCES:
+            answers = {"history": by_history, "window": by_window}[reference](case, history)
+            named = {"weights": weights, "mode": mode, "reference": reference}
+            rows.append(named | compare(ours, answers, history.overflowed))
+    progress(1.0, "done")
+    if plot is not None:
+        draw(rows, plot)
+    return {"machine": timing.machine(), "versions": timing.versions(), "rows": rows}
+
+
+def make_case(weights: str, mode: WindowMode, steps: int = STEPS) -> Case:
+    """The shipped agents or random weights of their shapes; random actions and observations."""
+    agent = checkpoint.load(checkpoint.shipped()[_TRAINED[mode.startswith("rope")]])
+    config, rng = dataclasses.replace(agent.config, window_mode=mode), np.random.default_rng(0)
+    params = agent.params
+    if weights == "random":
+        params = world_model.init_params(jax.random.key(0), config)
+    # A pole that drifts: positions and angles in the range that the agents saw.
+    drift = np.cumsum(rng.normal(size=(steps, 4)), axis=0) / np.sqrt(steps)
+    observations = jnp.asarray(drift * [1.0, 0.0, 1.0, 0.0], jnp.float32)
+    latents = jax.vmap(functools.partial(world_model.encode, params, config=config))(observations)
+    actions = rng.integers(config.num_actions, size=steps - 1).astype(np.int32)
+    return Case(config, params, actions, np.asarray(latents))
+
+
+class History:
+    """Which tokens each step pushes, sees and keeps, as plain lists of token numbers."""
+
+    def __init__(self, config: WorldModelConfig, steps: int) -> None:
+        self.config = config
+        self.positions: list[int] = []  # [N], where each token was pushed
+        self.earlier = np.zeros((2 * steps - 1, 2 * steps - 1), bool)  # [N, N] seen besides itself
+        self.held: list[list[int]] = []  # per step: the window with the step's observation
+        self.kept: list[list[int]] = []  # per step: after making room
+        window: list[int] = []
+        for token in range(2 * steps - 1):
+            self.earlier[token, window] = True
+            self.positions.append(token if config.is_rotary else len(window))
+            window = [*window, token]
+            if token % 2 == 0:
+                self.held.append(window)
+                window = self._make_room(window)
+                self.kept.append(window)
+
+    def _make_room(self, window: list[int]) -> list[int]:
+        if len(window) < self.config.window.full_length:
+            return window
+        if self.config.window_mode == "reset":
+            return window[-1:]
+        return window[-self.config.window.kept_length :]
+
+    @property
+    def overflowed(self) -> Array:
+        """Whether anything has left the window after each step: [T] bool."""
+        return np.array([0 not in window for window in self.kept])
+
+
+def by_cache(case: Case) -> Outputs:
+    """The episode step by step, as a search's root windows are made."""
+    config, params = case.config, case.params
+    correction = world_model.slide_correction(params, config=config)
+    push = functools.partial(step.root_step, params, correction, config=config)
+    acted = np.concatenate([[step.FIRST_STEP], case.actions]).astype(np.int32)
+
+    def one_step(window: Window, x: Any) -> Any:
+        window, policy, value = push(window, *x)
+        return window, (window, policy, value)
+
+    @jax.jit
+    def episode() -> Any:
+        timesteps = jnp.arange(len(acted), dtype=jnp.int32)
+        start = windows.init(config.window)
+        return jax.lax.scan(one_step, start, (acted, case.latents, timesteps))[1]
+
+    window, policy, value = jax.tree.map(np.asarray, episode())
+    kept = tuple(kv[:length] for kv, length in zip(window.kv, window.length, strict=True))
+    return Outputs(policy, value, kept)
+
+
+def _tokens(case: Case) -> jax.Array:
+    """Raw tokens [N, E]: o0 a0 o1 a1 .."""
+    embed = functools.partial(world_model.embed_action, case.params, config=case.config)
+    actions = jax.vmap(embed)(jnp.asarray(case.actions))
+    pairs = jnp.stack([case.latents[:-1], actions], axis=1).reshape(-1, case.config.embed_dim)
+    return jnp.concatenate([pairs, case.latents[-1:]])
+
+
+def _heads(case: Case, hidden: jax.Array) -> tuple[Array, Array]:
+    heads = functools.partial(world_model.at_observation, case.params, config=case.config)
+    policy, value = jax.vmap(heads)(hidden)
+    return np.asarray(policy), np.asarray(value)
+
+
+def by_history(case: Case, history: History) -> Outputs:
+    """One full pass over all tokens of the episode."""
+    positions = jnp.asarray(history.positions, jnp.int32)
+    whole = jax.jit(functools.partial(world_model.sequence, config=case.config))
+    hidden, kv = whole(case.params, _tokens(case), positions, jnp.asarray(history.earlier))
+    return Outputs(*_heads(case, hidden[::2]), tuple(np.asarray(kv)[w] for w in history.kept))
+
+
+def by_window(case: Case, history: History) -> Outputs:
+    """A full pass over each step's window."""
+    tokens = _tokens(case)
+
+    @jax.jit
+    @jax.vmap
+    def passes(members: jax.Array) -> Any:
+        slots = jnp.arange(members.shape[0])
+        positions = members if case.config.is_rotary else slots
+        return world_model.sequence(case.params, tokens[members], positions, config=case.config)
+
+    def padded(window: list[int]) -> list[int]:
+        """Behind its last token, where the tokens before it do not see it."""
+        return window + window[-1:] * (case.config.window.full_length - len(window))
+
+    hidden, _ = passes(jnp.asarray([padded(window) for window in history.held]))
+    _, kv = passes(jnp.asarray([padded(window) for window in history.kept]))
+    last = jnp.asarray([len(window) - 1 for window in history.held])
+    kept = tuple(rows[: len(w)] for rows, w in zip(np.asarray(kv), history.kept, strict=True))
+    return Outputs(*_heads(case, hidden[jnp.arange(len(last)), last]), kept)
+
+
+def compare(ours: Outputs, theirs: Outputs, overflowed: Array) -> dict[str, Any]:
+    """A row's errors."""
+    pairs = list(zip(ours.kept, theirs.kept, strict=True))
+    by_step = np.array([_relative(mine, other) for mine, other in pairs])  # [T, L, 2]
+    row: dict[str, Any] = {
+        "policy_error": float(np.max(np.abs(ours.policy - theirs.policy))),
+        "value_error": float(np.max(np.abs(ours.value - theirs.value))),
+    }
+    for layer, error in enumerate(np.mean(by_step[overflowed], axis=0)):
+        row |= {f"k{layer}_error": float(error[0]), f"v{layer}_error": float(error[1])}
+    return row | {"series": np.max(by_step[:, -1], axis=1).tolist()}
+
+
+def _relative(ours: Array, theirs: Array) -> Array:
+    """Relative error of keys and values of each layer: [n, L, 2, H, D] to [L, 2]."""
+    size = np.sqrt(np.sum(np.square(theirs), axis=(0, 3, 4)))
+    error: Array = np.sqrt(np.sum(np.square(ours - theirs), axis=(0, 3, 4))) / size
+    return error
+
+
+def _plot_format(path: str | Path) -> str:
+    """What matplotlib calls the file's format."""
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError as error:
+        raise ImportError("drawing a plot needs matplotlib (pip install matplotlib)") from error
+    suffix, known = Path(path).suffix.lower().removeprefix("."), FigureCanvasBase.filetypes
+    if suffix not in known:
+        raise ValueError(f"a plot's name must end in one of .{', .'.join(sorted(known))}: {path}")
+    return suffix
+
+
+def draw(rows: list[dict[str, Any]], path: str | Path) -> None:
+    """Draws each row's `series`, one panel for each weights and reference."""
+    picture = _plot_format(path)
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    panels = figure.subplots(len(WEIGHTS), len(REFERENCES), sharex=True, sharey=True)
+    for line, weights in zip(panels, WEIGHTS, strict=True):
+        for axes, reference in zip(line, REFERENCES, strict=True):
+            axes.set(title=f"{weights} weights, against the {reference}", yscale="log")
+            axes.set(ylim=(1e-8, 2.0), xlabel="step", ylabel="relative error, last layer")
+            for row in rows:
+                if (row["weights"], row["reference"]) == (weights, reference):
+                    axes.plot(np.maximum(row["series"], 1e-8), label=row["mode"], linewidth=1.2)
+            axes.grid(alpha=0.3)
+    panels[0][0].legend(fontsize="small")
+    with files.replacing(path) as file:
+        figure.savefig(file, format=picture, dpi=120)

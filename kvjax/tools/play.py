@@ -1,0 +1,266 @@
+"""Plays episodes of a Gymnasium environment with a trained agent, all of them in one batch.
+
+Shapes: B environments played side by side, A actions.
+"""
+
+import dataclasses
+import functools
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import jax
+import numpy as np
+
+from kvjax.config import EnvironmentConfig, SearchConfig, WorldModelConfig
+from kvjax.model.checkpoint import Checkpoint
+from kvjax.model.step import FIRST_STEP
+from kvjax.tools import gif
+from kvjax.tools.planner import Planner, make_planner
+
+Array = np.ndarray[Any, Any]
+
+MAX_BATCH = 8
+"""Environments that are searched together at most."""
+
+MAX_EPISODES = 1_000_000
+LAST_SEED = 2**32 - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Status:
+    """How far a run is."""
+
+    fraction: float  # 0 to 1, of the steps that the episodes can have at most
+    steps: int  # environment steps so far
+    finished: int  # episodes
+    mean_return: float  # of the finished episodes, NaN before the first
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """Result of a run. One environment's step is one search."""
+
+    returns: tuple[float, ...]  # by episode
+    mean_return: float
+    steps: int
+    searches_per_second: float  # searches alone: no compilation, no environment
+    compile_seconds: float
+    seconds: float  # of the whole run
+
+
+class AnimationError(OSError):
+    """The episodes were played, but their animation could not be written."""
+
+    def __init__(self, why: Exception, summary: Summary) -> None:
+        super().__init__(str(why))
+        self.summary = summary
+
+
+@dataclasses.dataclass
+class _Row:
+    """One environment of the batch and the episode that it is in (None: nothing left to play)."""
+
+    env: gymnasium.Env[Any, Any]
+    episode: int | None = None
+    observation: Array = dataclasses.field(default_factory=lambda: np.zeros(0))
+    last_action: int = FIRST_STEP
+    steps: int = 0
+
+    def start(self, episode: int | None, seed: int) -> None:
+        self.episode, self.last_action, self.steps = episode, FIRST_STEP, 0
+        if episode is not None:
+            self.observation, _ = self.env.reset(seed=seed + episode)
+
+    def advance(self, action: int) -> tuple[float, bool]:
+        """Acts; returns the reward and whether the episode ended."""
+        self.observation, reward, terminated, truncated, _ = self.env.step(action)
+        self.last_action, self.steps = action, self.steps + 1
+        return float(reward), terminated or truncated
+
+
+def play(
+    agent: Checkpoint,
+    *,
+    episodes: int = 8,
+    search_config: SearchConfig | None = None,
+    seed: int = 0,
+    route: str = "tree",
+    keep_context: bool = True,
+    gif_path: str | Path | None = None,
+    progress: Callable[[Status], None] = lambda status: None,
+) -> Summary:
+    """Plays episodes; episode i starts from `reset(seed=seed + i)`.
+
+    Up to `MAX_BATCH` environments are searched together; a row whose episode ends goes on with the
+    next episode while the others stay where they are.
+
+    Args:
+      agent: a model whose checkpoint names its environment.
+      route: "tree" searches in one jit, "store" with trees on the host, see `kvjax.tools.planner`.
+      keep_context: False pushes every step as an episode's first, so that the window holds the
+        current observation only.
+      gif_path: where to write the first episode as an animation.
+      progress: called before the first step and after every batch of steps.
+
+    Raises:
+      ValueError: fewer than one episode, a seed out of range, no or an unknown environment, an
+        environment that does not fit the model, or a GIF that cannot be drawn.
+      OSError: the GIF cannot be written, said before the first step; an `AnimationError`, which has
+        the summary, if that shows only at the end.
+    """
+    _check_run(episodes, seed)
+    if agent.environment is None:
+        raise ValueError("the checkpoint names no environment: say which one to play")
+    frames = None if gif_path is None else gif.Frames(gif_path)
+    started = time.perf_counter()
+    rows = [
+        _Row(_make(agent.environment, agent.config, render=frames is not None and index == 0))
+        for index in range(min(episodes, MAX_BATCH))
+    ]
+    try:
+        make = functools.partial(
+            make_planner, route, agent.params, agent.config, search_config or SearchConfig()
+        )
+        run = _Run(make(len(rows)), agent.environment.observation_scale, rows, episodes, seed)
+        compile_seconds = _compile(make(len(rows)), run)
+        progress(run.status())
+        while run.active():
+            if frames is not None and rows[0].episode == 0:
+                frames.append(rows[0].env.render())
+            run.step(keep_context)
+            progress(run.status())
+    except gymnasium.error.Error as error:
+        raise ValueError(f"{agent.environment.env_id}: {error}") from error
+    finally:
+        for row in rows:
+            row.env.close()
+    summary = Summary(
+        returns=tuple(run.returns),
+        mean_return=float(np.mean(run.returns)),
+        steps=run.steps,
+        searches_per_second=run.steps / run.search_seconds,
+        compile_seconds=compile_seconds,
+        seconds=time.perf_counter() - started,
+    )
+    if frames is not None:
+        _animate(frames, rows[0].env.metadata.get("render_fps", gif.DEFAULT_FPS), summary)
+    return summary
+
+
+def _animate(frames: gif.Frames, fps: float, summary: Summary) -> None:
+    try:
+        frames.write(fps)
+    except (OSError, ValueError, MemoryError) as error:
+        raise AnimationError(error, summary) from error
+
+
+def _check_run(episodes: int, seed: int) -> None:
+    if episodes < 1:
+        raise ValueError(f"episodes must be at least 1, got {episodes}")
+    if episodes > MAX_EPISODES:
+        raise ValueError(f"episodes must be at most {MAX_EPISODES}, got {episodes}")
+    if not 0 <= seed <= LAST_SEED:
+        raise ValueError(f"seed must be in 0 .. {LAST_SEED}, got {seed}")
+
+
+class _Run:
+    """Episodes in progress: the host's side of the loop."""
+
+    def __init__(
+        self,
+        plan: Planner,
+        scale: tuple[float, ...] | None,
+        rows: list[_Row],
+        episodes: int,
+        seed: int,
+    ) -> None:
+        self._plan, self._rows, self._seed = plan, rows, seed
+        self._scale = np.asarray(1.0 if scale is None else scale, np.float32)
+        self._rng = jax.random.key(seed)
+        self._waiting = list(range(episodes))
+        self.returns = [0.0] * episodes
+        self.steps = 0
+        self.search_seconds = 0.0
+        for row in rows:
+            row.start(self._next_episode(), seed)
+
+    def active(self) -> list[_Row]:
+        """Rows that are in an episode."""
+        return [row for row in self._rows if row.episode is not None]
+
+    def status(self) -> Status:
+        """Where the run is now."""
+        active = self.active()
+        unfinished = {row.episode for row in active} | set(self._waiting)
+        finished = [score for i, score in enumerate(self.returns) if i not in unfinished]
+        spec = self._rows[0].env.spec
+        limit = (spec and spec.max_episode_steps) or max(1, *(row.steps + 1 for row in self._rows))
+        progress = len(finished) + sum(row.steps / limit for row in active)
+        mean = float(np.mean(finished)) if finished else float("nan")
+        return Status(progress / len(self.returns), self.steps, len(finished), mean)
+
+    def observation(self) -> Array:
+        """What the agent sees of each row: [B, observation_size] float32."""
+        seen = np.stack([row.observation for row in self._rows]).astype(np.float32)
+        return seen * self._scale
+
+    def step(self, keep_context: bool) -> None:
+        """Searches all rows at once and acts in each environment that is in an episode."""
+        started = time.perf_counter()
+        last_action = np.array([row.last_action for row in self._rows])
+        self._rng = jax.random.fold_in(self._rng, self.steps)
+        if not keep_context:
+            last_action = np.full_like(last_action, FIRST_STEP)
+        actions = self._plan(self._rng, self.observation(), last_action)
+        self.search_seconds += time.perf_counter() - started
+        for row, action in zip(self._rows, actions.tolist(), strict=True):
+            if row.episode is None:
+                continue
+            reward, ended = row.advance(action)
+            self.returns[row.episode] += reward
+            self.steps += 1
+            if ended:
+                row.start(self._next_episode(), self._seed)
+
+    def _next_episode(self) -> int | None:
+        return self._waiting.pop(0) if self._waiting else None
+
+
+def _compile(plan: Planner, run: _Run) -> float:
+    """Lets a planner of its own search twice, a first step and a later one: seconds that took."""
+    started = time.perf_counter()
+    observation, rng = run.observation(), jax.random.key(0)
+    actions = plan(rng, observation, np.full(len(observation), FIRST_STEP))
+    plan(rng, observation, actions)
+    return time.perf_counter() - started
+
+
+def _make(
+    environment: EnvironmentConfig, config: WorldModelConfig, *, render: bool
+) -> gymnasium.Env[Any, Any]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # CartPole-v0 is meant
+            env = gymnasium.make(environment.env_id, render_mode="rgb_array" if render else None)
+    except Exception as error:  # of Gymnasium, of an import, of whoever wrote the environment
+        why = str(error) or type(error).__name__
+        raise ValueError(f"cannot make environment {environment.env_id!r}: {why}") from error
+    space, scale = env.observation_space, environment.observation_scale
+    if space.shape != config.observation_shape:
+        raise ValueError(
+            f"{environment.env_id} observes {space.shape}, the model reads"
+            f" {config.observation_shape}"
+        )
+    if scale is not None and len(scale) != config.observation_size:
+        raise ValueError(f"observation_scale needs {config.observation_size} factors, got {scale}")
+    actions = getattr(env.action_space, "n", None)
+    if actions != config.num_actions:
+        raise ValueError(
+            f"{environment.env_id} takes {env.action_space}, the model has {config.num_actions}"
+            " discrete actions"
+        )
+    return env

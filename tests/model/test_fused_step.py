@@ -1,0 +1,38 @@
+"""The folded model takes environments' steps as the model itself does, in every window mode."""
+
+import dataclasses
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import SMALL, random_params, with_mode
+
+from kvjax.config import WINDOW_MODES
+from kvjax.model import fused, fused_step, world_model
+from kvjax.model.contexts import advance, init_contexts
+
+MAIN = {"layout": "main", "encoder_norm": "layernorm", "latent_norm": "layernorm"}
+
+
+@pytest.mark.parametrize("layout", [{}, MAIN], ids=["0.2.0", "main"])
+@pytest.mark.parametrize("mode", WINDOW_MODES)
+def test_equals_the_model_over_an_episode_with_slides_and_restarts(mode, layout):
+    config = dataclasses.replace(with_mode(SMALL, mode), **layout)
+    params = random_params(config)
+    correction = world_model.slide_correction(params, config=config)
+    expected_step = jax.jit(functools.partial(advance, params, correction, config=config))
+    folded = fused.fold(params, config=config)
+    step = jax.jit(functools.partial(fused_step.advance, folded, params, config=config))
+    expected = contexts = init_contexts(config, 3)
+    rng = np.random.default_rng(0)
+    for index in range(12):
+        observation = rng.normal(size=(3, *config.observation_shape)).astype(np.float32)
+        restart = [False, index in (0, 5), index in (0, 9)]  # row 0 goes on from nothing
+        action = np.where(restart, -1, rng.integers(0, config.num_actions, 3)).astype(np.int32)
+        expected, *expected_heads = expected_step(expected, observation, action)
+        contexts, *heads = step(contexts, observation, action)
+        chex.assert_trees_all_close((contexts, heads), (expected, expected_heads), atol=2e-5)
+    assert int(jnp.max(contexts.window.length)) == config.window.kept_length
