@@ -3,13 +3,18 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt
 
-.PHONY: play test lint clean
+.PHONY: play test test-full lint clean
 
 play: $(VENV)/.installed-play
 	$(VENV)/bin/kvjax play
 
 test: lint
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -m "not optimised"
+	KVJAX_OPTIMISED=1 $(VENV)/bin/python -m pytest -m optimised
+
+# Everything as users run it, optimised, and with more examples: an hour.
+test-full: lint
+	KVJAX_FULL=1 $(VENV)/bin/python -m pytest
 
 lint: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check .

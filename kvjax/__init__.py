@@ -15,7 +15,7 @@ from kvjax.mcts.inference import (
 )
 from kvjax.mcts.output import SearchOutput
 from kvjax.mcts.params_update import on_params_update
-from kvjax.mcts.search import prepare, search
+from kvjax.mcts.search import search
 from kvjax.mcts.serialization import register as _register
 from kvjax.mcts.subtree import Kept, init_kept
 from kvjax.model import checkpoint
@@ -23,6 +23,7 @@ from kvjax.model import world_model as world_model
 from kvjax.model.contexts import Contexts, init_contexts, replay
 from kvjax.model.rollout import rollout
 from kvjax.model.step import Prediction
+from kvjax.model.unizero import prepare
 from kvjax.ops.window import AlignedWindow, Window
 from kvjax.store import Store, init_store, stats
 from kvjax.store.pool import Pool

@@ -27,6 +27,25 @@ DTYPES = ("float32", "bfloat16", "float64")
 WindowMode = Literal["learned", "rope_lightzero", "rope_consistent", "rebuild", "reset"]
 WINDOW_MODES: tuple[WindowMode, ...] = get_args(WindowMode)
 
+
+@dataclasses.dataclass(frozen=True)
+class Mode:
+    """What tells a window mode from another; `kvjax.model.modes` has what follows from it."""
+
+    rotary_gap: int | None = None  # positions left out below a root; None: learned ones, no rotary
+    corrected: bool = False  # a slide adds what the new positions differ by
+    keeps_raw: bool = False  # raw tokens beside keys and values, to compute these again
+    carry: int | None = None  # tokens of its newest block that a full window keeps, and no others
+
+
+MODES: dict[WindowMode, Mode] = {
+    "learned": Mode(corrected=True),
+    "rope_lightzero": Mode(rotary_gap=2),
+    "rope_consistent": Mode(rotary_gap=0),
+    "rebuild": Mode(keeps_raw=True),
+    "reset": Mode(carry=1),
+}
+
 MAX_SIMULATIONS = 2**24 - 1
 """A tree holds no more: its node indices are exact in float32."""
 
@@ -87,6 +106,7 @@ class WindowConfig:
     head_dim: int  # D
     dtype: str = "float32"
     raw_size: int | None = None
+    block: int = BLOCK  # K, tokens that a step adds
 
     def __post_init__(self) -> None:
         make_plain(self)
@@ -114,7 +134,7 @@ class WindowConfig:
     @property
     def kept_length(self) -> int:
         """Length C-3 in tokens after a slide: the longest window that is ever stored."""
-        return self.full_length - BLOCK
+        return self.full_length - self.block
 
     @property
     def token_shape(self) -> tuple[int, int, int, int]:
@@ -218,9 +238,14 @@ class WorldModelConfig:
         require(head_dim % 2 == 0, f"rotary positions need an even head size, got {head_dim}")
 
     @property
+    def mode(self) -> Mode:
+        """What the window mode says."""
+        return MODES[self.window_mode]
+
+    @property
     def is_rotary(self) -> bool:
         """Whether positions are rotary instead of learned."""
-        return self.window_mode in ("rope_lightzero", "rope_consistent")
+        return self.mode.rotary_gap is not None
 
     def _check_image(self, shape: tuple[int, int, int]) -> None:
         require(
@@ -242,7 +267,7 @@ class WorldModelConfig:
     def window(self) -> WindowConfig:
         """The window that this model reads and extends."""
         head_dim = self.embed_dim // self.num_heads
-        raw_size = self.embed_dim if self.window_mode == "rebuild" else None
+        raw_size = self.embed_dim if self.mode.keeps_raw else None
         return WindowConfig(
             self.context_length, self.num_layers, self.num_heads, head_dim, self.dtype, raw_size
         )

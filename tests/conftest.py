@@ -1,20 +1,52 @@
-"""Shared models and files."""
+"""Shared models and files, and how programs are compiled where tests run.
+
+Nearly all the time of a test run goes into compilation. XLA leaves most of its optimisations out,
+and what was compiled is kept in `.cache`, for all workers, subprocesses and notebooks of this run
+and the next. Tests marked `optimised` look at what XLA makes of a program and run by themselves
+with KVJAX_OPTIMISED; with KVJAX_FULL everything is optimised and more examples are drawn.
+"""
 
 import dataclasses
+import importlib.metadata
 import math
+import os
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-import pytest
+HERE = Path(__file__).parent
+OPTIMISED = bool(os.environ.get("KVJAX_FULL") or os.environ.get("KVJAX_OPTIMISED"))
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+if importlib.metadata.version("jaxlib").startswith("0.10."):  # others may not know it, and abort
+    QUICK += " --xla_cpu_use_fusion_emitters=false"
+FLAGS = os.environ.get("XLA_FLAGS", "")
+if not OPTIMISED and QUICK not in FLAGS:
+    os.environ["XLA_FLAGS"] = f"{FLAGS} {QUICK}".strip()
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(HERE.parent / ".cache" / "jax"))
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
-from kvjax.config import WorldModelConfig
-from kvjax.model import checkpoint, world_model
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+from kvjax.config import WorldModelConfig  # noqa: E402
+from kvjax.model import checkpoint, world_model  # noqa: E402
 
 jax.devices()  # starts jax before any test can set how calls are dispatched
 
-DATA = Path(__file__).parent / "data"
+DATA = HERE / "data"
+MOST_MAPPINGS = 15_000
+"""A process may have 65,530 of them, and each compiled program takes some."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _few_programs():
+    """Lets compiled programs go before a worker runs out of memory."""
+    yield
+    mappings = Path("/proc/self/maps")
+    if mappings.exists() and mappings.read_text().count("\n") > MOST_MAPPINGS:
+        jax.clear_caches()
+
 
 SMALL = WorldModelConfig(
     embed_dim=16,

@@ -6,11 +6,11 @@ nothing of positions. The rules of a search are written out once more, on object
 
 import dataclasses
 
+import flax_model
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvjax.model import step, world_model
 from kvjax.ops import support
 from kvjax.ops import window as windows
 from kvjax.ops.window import Window
@@ -18,10 +18,10 @@ from kvjax.tools.parity import reference_tree
 
 F = np.float32
 ZERO = F(0)
-encode = jax.jit(world_model.encode, static_argnames="config")
-root_step = jax.jit(step.root_step, static_argnames="config")
-recurrent_step = jax.jit(step.recurrent_step, static_argnames="config")
-rebuild = jax.jit(world_model.rebuild, static_argnames="config")
+encode = jax.jit(flax_model.encode, static_argnames="config")
+root_step = jax.jit(flax_model.root_step, static_argnames="config")
+recurrent_step = jax.jit(flax_model.recurrent_step, static_argnames="config")
+rebuild = jax.jit(flax_model.rebuild, static_argnames="config")
 to_scalar = jax.jit(support.to_scalar, static_argnums=1)
 
 
@@ -57,11 +57,10 @@ class Searcher:
 
     def __init__(self, params, config, search):
         self.params, self.config, self.search = params, config, search
-        self.correction = world_model.slide_correction(params, config=config)
         shape = (config.context_length, *config.window.token_shape)
         self.added = np.zeros(shape, F)
         if not config.is_rotary:
-            self.added = np.asarray(world_model.projected_positions(params, config=config))
+            self.added = np.asarray(flax_model.projected_positions(params, config=config))
         self.window, self.root, self.timestep = windows.init(config.window), None, -1
         self.born = 0
 
@@ -71,7 +70,6 @@ class Searcher:
         self.timestep = 0 if last_action == -1 else self.timestep + 1
         self.window, policy, _ = root_step(
             self.params,
-            self.correction,
             self.window,
             jnp.int32(last_action),
             latent,
@@ -157,7 +155,6 @@ class Searcher:
     def _imagine(self, node, action, depth):
         window, out = recurrent_step(
             self.params,
-            self.correction,
             self._window_of(node.tokens),
             jnp.int32(action),
             jnp.int32(depth),

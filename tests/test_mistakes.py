@@ -40,18 +40,6 @@ LATENT = shaped(EMBED_DIM)
 ZERO, TRUE = shaped(dtype=jnp.int32), shaped(dtype=bool)
 
 
-shapes_of = functools.cache(world_model.params_shapes)
-
-
-def of_model(function):
-    @functools.wraps(function)
-    def bound(*arrays):
-        call = functools.partial(function, config=SMALL)
-        return jax.eval_shape(lambda params: call(params, *arrays), shapes_of(SMALL))
-
-    return bound
-
-
 def scalars(logits):
     return support.to_scalar(logits, (-3, 3), axis=0)
 
@@ -81,12 +69,6 @@ OPS = {
     scalars: [shaped(7)],
     pool.find: [POOL, KEY, ZERO],
     pool.add: [POOL, batch_of(KEY), batch_of(ZERO), batch_of(WINDOW)],
-    of_model(world_model.encode): [shaped(SMALL.observation_size)],
-    of_model(world_model.embed_action): [ZERO],
-    of_model(world_model.token_step): [LATENT, WINDOW],
-    of_model(world_model.sequence): [shaped(4, EMBED_DIM)],
-    of_model(world_model.at_action): [LATENT],
-    of_model(world_model.at_observation): [LATENT],
 }
 ELEMENTWISE = {  # any shape, or none
     windows.init, hashing.canonical_bits, hashing.integer_digests, support.inverse_value_transform,
@@ -148,7 +130,9 @@ def good():
     contexts = zeros(lambda: kvjax.init_contexts(SMALL, 2))
     action, latent = np.zeros(2, np.int32), np.zeros((2, EMBED_DIM), np.float32)
     return {
-        "params": jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes_of(SMALL)),
+        "params": jax.tree.map(
+            lambda x: np.zeros(x.shape, x.dtype), world_model.params_shapes(SMALL)
+        ),
         "config": SMALL,
         "search": kvjax.SearchConfig(4),
         "rng": np.zeros(2, np.uint32),

@@ -10,7 +10,7 @@ from kvjax.mcts.inference import (
 )
 from kvjax.mcts.output import SearchOutput
 from kvjax.mcts.params_update import on_params_update
-from kvjax.mcts.search import prepare, search
+from kvjax.mcts.search import search
 from kvjax.mcts.subtree import Kept, init_kept
 
 __all__ = [
@@ -23,7 +23,6 @@ __all__ = [
     "init_kept",
     "initial_inference",
     "on_params_update",
-    "prepare",
     "recurrent_inference",
     "search",
 ]

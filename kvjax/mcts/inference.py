@@ -20,11 +20,11 @@ from kvjax import store as stores
 from kvjax.base import interrupts, loops
 from kvjax.base.arrays import ArrayLike, num_rows, validate_range
 from kvjax.base.compilation import computed_once
-from kvjax.base.values import require_one_of
+from kvjax.base.values import require, require_one_of, require_shape
 from kvjax.config import WorldModelConfig
 from kvjax.mcts.checks import validate_batch
-from kvjax.model import step, world_model
-from kvjax.model.checks import validate_model
+from kvjax.model import modes, step, unizero
+from kvjax.model.unizero import UniZero
 from kvjax.model.world_model import Params
 from kvjax.ops import hashing
 from kvjax.ops import window as windows
@@ -64,6 +64,32 @@ MissPolicy = Literal["context_free", "error", "rebuild"]
 MISS_POLICIES = ("context_free", "error")
 FullPolicy = Literal["error", "evict"]
 FULL_POLICIES = ("error", "evict")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """What a step brings, row by row."""
+
+    latent: Any  # [B, E]: the current one of a root step, the parent's of a searched one
+    action: Any  # [B]
+    env_id: Any  # [B]
+    timestep: Any  # [B]
+    priority: Any = None  # [B]
+    last_latent: Any = None  # [B, E], of root steps
+    depth: Any = None  # [B], of searched steps
+    slot: Any = None  # [B]
+
+
+@dataclasses.dataclass(frozen=True)
+class _How:
+    """What of a step is static."""
+
+    config: WorldModelConfig
+    miss_policy: MissPolicy
+    reanalysis: bool
+    full_policy: FullPolicy = "error"
+    pads_are_read: bool = False
 
 
 class CacheMissError(LookupError):
@@ -114,7 +140,7 @@ class StepInterrupt(KeyboardInterrupt):
 
 
 def initial_inference(
-    params: Params,
+    params: Params | UniZero,
     store: Store,
     last_latent: ArrayLike,
     action: ArrayLike,
@@ -158,10 +184,11 @@ def initial_inference(
       CacheMissError: a row missed and the policy is "error".
       StepInterrupt: an interrupt (Ctrl-C) came; it has the store.
     """
-    validate_model(params, config)
+    unizero.validate(params, config)
     rows = num_rows(latent)
     ids = {"action": action, "env_id": env_id, "timestep": timestep}
     validate_batch(store, config, rows, {"last_latent": last_latent, "latent": latent}, ids)
+    _require_priority(store, priority, rows)
     require_one_of("miss_policy", miss_policy, (*MISS_POLICIES, "rebuild"))
     if miss_policy == "rebuild" and store.latest is None:
         raise ValueError(
@@ -174,25 +201,13 @@ def initial_inference(
         if miss_policy == "error" and not reanalysis:
             _raise_on_miss(store, out.valid & ~out.hit & (action != step.FIRST_STEP))
 
-    return _uninterrupted(
-        _initial,
-        refuse,
-        params,
-        store,
-        last_latent,
-        action,
-        latent,
-        env_id,
-        timestep,
-        priority,
-        config=config,
-        miss_policy=miss_policy,
-        reanalysis=reanalysis,
-    )
+    arrays = _Rows(latent, action, env_id, timestep, priority, last_latent=last_latent)
+    how = _How(config, miss_policy, reanalysis)
+    return _uninterrupted(_initial, refuse, params, store, arrays, how)
 
 
 def recurrent_inference(
-    params: Params,
+    params: Params | UniZero,
     store: Store,
     latent: ArrayLike,
     action: ArrayLike,
@@ -239,11 +254,12 @@ def recurrent_inference(
         than the node pool's slots.
       StoreFullError: a new window has no room and the policy is "error".
     """
-    validate_model(params, config)
+    unizero.validate(params, config)
     rows = num_rows(latent)
     ids = {"action": action, "env_id": env_id, "depth": depth, "timestep": timestep}
     ids |= {} if slot is None else {"slot": slot}
     validate_batch(store, config, rows, {"latent": latent}, ids)
+    _require_priority(store, priority, rows)
     require_one_of("miss_policy", miss_policy, MISS_POLICIES)
     require_one_of("full_policy", full_policy, FULL_POLICIES)
     validate_range("action", action, 0, config.num_actions - 1)
@@ -256,23 +272,19 @@ def recurrent_inference(
         if full_policy == "error":
             _raise_on_full(store, out.full)
 
-    return _uninterrupted(
-        _recurrent,
-        refuse,
-        params,
-        store,
-        latent,
-        action,
-        env_id,
-        depth,
-        timestep,
-        slot,
-        priority,
-        config=config,
-        miss_policy=miss_policy,
-        full_policy=full_policy,
-        reanalysis=reanalysis,
-        pads_are_read=pads_are_read,
+    arrays = _Rows(latent, action, env_id, timestep, priority, depth=depth, slot=slot)
+    how = _How(config, miss_policy, reanalysis, full_policy, pads_are_read)
+    return _uninterrupted(_recurrent, refuse, params, store, arrays, how)
+
+
+def _require_priority(store: Store, priority: ArrayLike | None, rows: int) -> None:
+    if priority is None:
+        return
+    require_shape("priority", priority, (rows,))
+    policy = store.roots.eviction
+    require(
+        policy == "priority",
+        f'priority is for a store with eviction "priority", got one with "{policy}"',
     )
 
 
@@ -280,13 +292,12 @@ def _uninterrupted(
     move: Callable[..., tuple[Store, Inference]],
     refuse: Callable[[Store, Inference], None],
     *args: Any,
-    **options: Any,
 ) -> tuple[Store, Inference]:
     """Moves a store and looks at what came of it; an interrupt waits, and brings that store."""
     moved = None
     try:
         with interrupts.held():
-            moved = move(*args, **options)
+            moved = move(*args)
             refuse(*moved)
     except KeyboardInterrupt as interrupt:
         if moved is None:
@@ -306,154 +317,110 @@ def _raise_on_full(store: Store, full: jax.Array) -> None:
         raise StoreFullError(store, np.flatnonzero(full).tolist())
 
 
-@functools.partial(
-    jax.jit, static_argnames=("config", "miss_policy", "reanalysis"), donate_argnames=("store",)
-)
+_step = functools.partial(jax.jit, static_argnames=("how",), donate_argnames=("store",))
+
+
+@_step
 def _initial(
-    params: Params,
-    store: Store,
-    last_latent: jax.Array,
-    action: jax.Array,
-    latent: jax.Array,
-    env_id: jax.Array,
-    timestep: jax.Array,
-    priority: jax.Array | None,
-    *,
-    config: WorldModelConfig,
-    miss_policy: MissPolicy,
-    reanalysis: bool,
+    params: Params | UniZero, store: Store, rows: _Rows, how: _How
 ) -> tuple[Store, Inference]:
-    latent = computed_once(latent)
-    valid = _in_range(env_id, stores.num_envs(store))
-    valid &= (action >= step.FIRST_STEP) & (action < config.num_actions)
-    continues = valid & (action != step.FIRST_STEP)
-    asks = continues & (not reanalysis)
-    last_keys = stores.latent_keys(store, last_latent, env_id)
-    found = stores.only(stores.find(store, last_keys, env_id, roots_only=True), asks)
+    config = how.config
+    model, latent = unizero.fold(params, config=config), computed_once(rows.latent)
+    valid = _in_range(rows.env_id, stores.num_envs(store))
+    valid &= (rows.action >= step.FIRST_STEP) & (rows.action < config.num_actions)
+    continues = valid & (rows.action != step.FIRST_STEP)
+    asks = continues & (not how.reanalysis)
+    last_keys = stores.latent_keys(store, rows.last_latent, rows.env_id)
+    found = stores.only(stores.find(store, last_keys, rows.env_id, roots_only=True), asks)
     missed = continues & ~found.hit
-    kept = _kept(valid, missed, miss_policy, reanalysis)
+    kept = _kept(valid, missed, how)
     window = stores.take(store, found)
-    if miss_policy == "rebuild" and not reanalysis:
-        window = _recall(params, store, window, last_latent, env_id, missed, config)
+    if how.miss_policy == "rebuild" and not how.reanalysis:
+        window = _recall(model, store, window, rows, missed, config)
         recalled = missed & (window.length > 0)
         store, missed = stores.count_rebuilt(store, recalled), missed & ~recalled
-    window = _with_context(params, window, last_latent, timestep, missed, config)
+    window = _with_context(model, window, rows.last_latent, rows.timestep, missed, config)
     store = stores.count_lookups(store, found, asks, roots_only=True)
     store = stores.count_padding(store, window.length, continues)
     store = stores.touch(store, stores.only(found, kept))
-
-    correction = world_model.slide_correction(params, config=config)
-    push = functools.partial(step.root_step, params, correction, config=config)
-    full = step.any_overflows(window, config)
-    window, policy, value = jax.vmap(push, in_axes=(0, 0, 0, 0, None))(
-        window, action, latent, timestep, full
+    window, policy, value = step.root_step(
+        model, window, rows.action, latent, rows.timestep, config=config
     )
-    keys = stores.latent_keys(store, latent, env_id)
-    rank = timestep if priority is None else priority
+    rank = rows.timestep if rows.priority is None else rows.priority
     store, handle = stores.add_roots(
-        store, keys, env_id, window, priority=rank.astype(jnp.float32), valid=kept
+        store,
+        stores.latent_keys(store, latent, rows.env_id),
+        rows.env_id,
+        window,
+        priority=rank.astype(jnp.float32),
+        valid=kept,
     )
     store = stores.clear_nodes(store, when=jnp.any(kept))
-    out = Inference(
-        latent=latent,
-        reward=jnp.zeros_like(value),
-        policy=policy,
-        value=value,
-        hit=found.hit,
-        slot=handle,
-        valid=valid,
-        full=jnp.zeros_like(valid),
+    none, never = jnp.zeros_like(value), jnp.zeros_like(valid)
+    return store, _poison(
+        Inference(latent, none, policy, value, found.hit, handle, valid, full=never)
     )
-    return store, _poison(out)
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("config", "miss_policy", "full_policy", "reanalysis", "pads_are_read"),
-    donate_argnames=("store",),
-)
+@_step
 def _recurrent(
-    params: Params,
-    store: Store,
-    latent: jax.Array,
-    action: jax.Array,
-    env_id: jax.Array,
-    depth: jax.Array,
-    timestep: jax.Array,
-    slot: jax.Array | None,
-    priority: jax.Array | None,
-    *,
-    config: WorldModelConfig,
-    miss_policy: MissPolicy,
-    full_policy: FullPolicy,
-    reanalysis: bool,
-    pads_are_read: bool,
+    params: Params | UniZero, store: Store, rows: _Rows, how: _How
 ) -> tuple[Store, Inference]:
-    valid = _in_range(env_id, stores.num_envs(store)) & _in_range(action, config.num_actions)
-    keys = stores.latent_keys(store, latent, env_id)
-    if slot is None:
+    config, env_id = how.config, rows.env_id
+    model = unizero.fold(params, config=config)
+    valid = _in_range(env_id, stores.num_envs(store)) & _in_range(rows.action, config.num_actions)
+    keys = stores.latent_keys(store, rows.latent, env_id)
+    if rows.slot is None:
         found = stores.find(store, keys, env_id)
     else:
-        found = stores.resolve(store, slot, env_id)
+        found = stores.resolve(store, rows.slot, env_id)
         keys = jnp.where(found.hit[:, None], stores.keys_of(store, found), keys)
-    asks = valid & (not reanalysis)
+    asks = valid & (not how.reanalysis)
     found = stores.only(found, asks)
     missed = valid & ~found.hit
-    kept = _kept(valid, missed, miss_policy, reanalysis)
+    kept = _kept(valid, missed, how)
     window = stores.take(store, found)
-    window = _with_context(params, window, latent, timestep, missed, config)
+    window = _with_context(model, window, rows.latent, rows.timestep, missed, config)
     store = stores.count_lookups(store, found, asks)
     store = stores.count_padding(store, window.length, valid)
     store = stores.touch(store, stores.only(found, kept))
-
-    correction = world_model.slide_correction(params, config=config)
-    pads = jnp.max(window.length) - window.length if pads_are_read else None
-    imagine = functools.partial(step.recurrent_step, params, correction, config=config)
-    full = step.any_overflows(window, config)
-    window, imagined = jax.vmap(imagine, in_axes=(0, 0, 0, 0, None))(
-        window, action, depth, timestep, full, zero_keys=pads
+    pads = jnp.max(window.length) - window.length if how.pads_are_read else None
+    window, new = step.recurrent_step(
+        model, window, rows.action, rows.depth, rows.timestep, config=config, zero_keys=pads
     )
-    if slot is None:
-        child_keys = stores.latent_keys(store, imagined.latent, env_id)
+    if rows.slot is None:
+        child_keys = stores.latent_keys(store, new.latent, env_id)
     else:
-        child_keys = jax.vmap(hashing.path_key)(keys, action)
-    rank = -depth if priority is None else priority
+        child_keys = jax.vmap(hashing.path_key)(keys, rows.action)
+    rank = -rows.depth if rows.priority is None else rows.priority
+    may_evict = how.full_policy == "evict"
     store, handle = stores.add_nodes(
         store,
         child_keys,
         window,
         priority=rank.astype(jnp.float32),
         valid=kept,
-        may_evict=full_policy == "evict",
+        may_evict=may_evict,
     )
-    out = Inference(
-        latent=imagined.latent,
-        reward=imagined.reward,
-        policy=imagined.policy,
-        value=imagined.value,
-        hit=found.hit,
-        slot=handle,
-        valid=valid,
-        full=kept & (handle == NO_SLOT) if full_policy == "error" else jnp.zeros_like(kept),
+    full = kept & (handle == NO_SLOT) & (not may_evict)
+    return store, _poison(
+        Inference(new.latent, new.reward, new.policy, new.value, found.hit, handle, valid, full)
     )
-    return store, _poison(out)
 
 
 def _in_range(ids: jax.Array, size: int) -> jax.Array:
     return (ids >= 0) & (ids < size)
 
 
-def _kept(
-    valid: jax.Array, missed: jax.Array, miss_policy: MissPolicy, reanalysis: bool
-) -> jax.Array:
+def _kept(valid: jax.Array, missed: jax.Array, how: _How) -> jax.Array:
     """Which rows may be stored: [B] bool."""
-    if reanalysis:
+    if how.reanalysis:
         return jnp.zeros_like(valid)
-    return valid & ~jnp.any(missed) if miss_policy == "error" else valid
+    return valid & ~jnp.any(missed) if how.miss_policy == "error" else valid
 
 
 def _with_context(
-    params: Params,
+    model: UniZero,
     window: Window,
     latent: jax.Array,
     timestep: jax.Array,
@@ -462,34 +429,34 @@ def _with_context(
 ) -> Window:
     """Gives rows that missed a context of one token, their latent's; free of cost if none did."""
 
-    def alone(_: Window) -> Window:
-        push = functools.partial(step.observe, params, config=config)
-        return jax.vmap(lambda x, t: push(windows.init(config.window), x, t))(latent, timestep)
+    def alone() -> Window:
+        empty = jax.tree.map(jnp.zeros_like, window)
+        rebuilt = step.observe(model, empty, latent, timestep, config=config)
+        return jax.vmap(windows.where)(missed, rebuilt, window)
 
-    rebuilt = loops.cond(jnp.any(missed), alone, lambda unchanged: unchanged, window)
-    return jax.vmap(windows.where)(missed, rebuilt, window)
+    result: Window = loops.cond(jnp.any(missed), alone, lambda: window)
+    return result
 
 
 def _recall(
-    params: Params,
+    model: UniZero,
     store: Store,
     window: Window,
-    last_latent: jax.Array,
-    env_id: jax.Array,
+    rows: _Rows,
     missed: jax.Array,
     config: WorldModelConfig,
 ) -> Window:
     """Gives rows that missed their environment's newest root, computed again."""
 
-    def recall(row: Window, latent: jax.Array) -> Window:
-        last = row.length - 1
-        raw = jnp.asarray(row.raw)
+    def with_last(row: Window, latent: jax.Array) -> Window:
+        last, raw = row.length - 1, jnp.asarray(row.raw)
         raw = raw.at[last].set(jnp.where(last < 0, raw[last], latent))
-        return world_model.rebuild(params, dataclasses.replace(row, raw=raw), config=config)
+        return dataclasses.replace(row, raw=raw)
 
     def recalled() -> Window:
-        newest = jax.vmap(recall)(stores.latest_roots(store, env_id), last_latent)
-        return jax.vmap(windows.where)(missed, newest, window)
+        newest = jax.vmap(with_last)(stores.latest_roots(store, rows.env_id), rows.last_latent)
+        renewed = modes.rebuild(model, newest, config=config)
+        return jax.vmap(windows.where)(missed, renewed, window)
 
     result: Window = loops.cond(jnp.any(missed), recalled, lambda: window)
     return result

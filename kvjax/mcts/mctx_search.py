@@ -18,7 +18,7 @@ from kvjax.config import SearchConfig, WorldModelConfig
 from kvjax.mcts.output import Dials, SearchOutput
 from kvjax.model import step
 from kvjax.model.contexts import Contexts
-from kvjax.model.world_model import Params
+from kvjax.model.unizero import UniZero
 from kvjax.ops import support
 from kvjax.ops.window import Window
 
@@ -42,13 +42,12 @@ class _Node:
 
 
 def run(
-    params: Params,
+    model: UniZero,
     rng: jax.Array,
     contexts: Contexts,
     policy: jax.Array,
     root_value: jax.Array,
     legal: jax.Array,
-    correction: jax.Array | None,
     dials: Dials,
     config: WorldModelConfig,
     search: SearchConfig,
@@ -60,7 +59,6 @@ def run(
       policy: [B, A] logits of the roots.
       root_value: [B].
       legal: [B, A] bool.
-      correction: [C - 3, L, 2, H, D] or None, from `world_model.slide_correction`.
       dials: in place of the search's.
 
     Raises:
@@ -77,10 +75,10 @@ def run(
     root = mctx.RootFnOutput(prior_logits=policy, value=root_value, embedding=embedding)
     search_rng, action_rng = jax.random.split(rng)
     options: dict[str, Any] = {
-        "params": params,
+        "params": model,
         "rng_key": search_rng,
         "root": root,
-        "recurrent_fn": _recurrent_fn(contexts.timestep, correction, config, dials.discount),
+        "recurrent_fn": _recurrent_fn(contexts.timestep, config, dials.discount),
         "num_simulations": search.num_simulations,
         "invalid_actions": ~legal,
         "max_depth": search.max_depth,
@@ -137,20 +135,18 @@ def _mean_depth(tree: Any) -> jax.Array:
 
 def _recurrent_fn(
     timestep: jax.Array,
-    correction: jax.Array | None,
     config: WorldModelConfig,
     discount: jax.Array,
 ) -> mctx.RecurrentFn:
     """The model as mctx sees it."""
 
     def recurrent_fn(
-        params: Params, rng: jax.Array, action: jax.Array, node: _Node
+        model: UniZero, rng: jax.Array, action: jax.Array, node: _Node
     ) -> tuple[mctx.RecurrentFnOutput, _Node]:
         del rng
-        imagine = functools.partial(step.recurrent_step, params, correction, config=config)
-        full, depth = step.any_overflows(node.window, config), node.depth + 1
-        window, prediction = jax.vmap(imagine, in_axes=(0, 0, 0, 0, None))(
-            node.window, action, depth, timestep, full
+        depth = node.depth + 1
+        window, prediction = step.recurrent_step(
+            model, node.window, action, depth, timestep, config=config
         )
         reward = support.to_scalar(prediction.reward, config.support)
         value = support.to_scalar(prediction.value, config.support)

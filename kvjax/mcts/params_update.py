@@ -9,28 +9,27 @@ from kvjax import store as stores
 from kvjax.base.values import describe
 from kvjax.config import WorldModelConfig
 from kvjax.mcts.checks import validate_store
-from kvjax.model import world_model
-from kvjax.model.checks import validate_model
+from kvjax.model import modes, unizero
 from kvjax.model.contexts import Contexts, init_contexts, validate_contexts
-from kvjax.model.fused import Prepared
+from kvjax.model.unizero import UniZero
 from kvjax.model.world_model import Params
 from kvjax.store import Store
 
 
 @overload
 def on_params_update(
-    state: Contexts, params: Params | Prepared, *, config: WorldModelConfig
+    state: Contexts, params: Params | UniZero, *, config: WorldModelConfig
 ) -> Contexts: ...
 
 
 @overload
 def on_params_update(
-    state: Store, params: Params | Prepared, *, config: WorldModelConfig
+    state: Store, params: Params | UniZero, *, config: WorldModelConfig
 ) -> Store: ...
 
 
 def on_params_update(
-    state: Contexts | Store, params: Params | Prepared, *, config: WorldModelConfig
+    state: Contexts | Store, params: Params | UniZero, *, config: WorldModelConfig
 ) -> Contexts | Store:
     """Carries a state over to new parameters. Call it whenever they change.
 
@@ -49,8 +48,7 @@ def on_params_update(
       TypeError: the state is neither, or another argument has another type.
       ValueError: the parameters or the state are another configuration's; the store was moved.
     """
-    params = params.params if isinstance(params, Prepared) else params
-    validate_model(params, config)
+    unizero.validate(params, config)
     if isinstance(state, Store):
         validate_store(state, config)
         return stores.new_epoch(state)
@@ -62,10 +60,10 @@ def on_params_update(
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
-def _renew(params: Params, contexts: Contexts, *, config: WorldModelConfig) -> Contexts:
-    if config.window_mode == "rebuild":
-        renew = functools.partial(world_model.rebuild, params, config=config)
-        window = jax.vmap(renew)(contexts.window)
+def _renew(params: Params | UniZero, contexts: Contexts, *, config: WorldModelConfig) -> Contexts:
+    if config.mode.keeps_raw:
+        model = unizero.fold(params, config=config)
+        window = modes.rebuild(model, contexts.window, config=config)
     else:
         window = init_contexts(config, contexts.timestep.shape[0]).window
     return Contexts(window, contexts.timestep)

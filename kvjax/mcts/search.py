@@ -16,14 +16,15 @@ from kvjax.base.arrays import ArrayLike, validate_range
 from kvjax.base.compilation import is_traced, jit_small_operations
 from kvjax.base.values import require_type
 from kvjax.config import SearchConfig, WorldModelConfig
-from kvjax.mcts import mctx_search, own_token_search, subtree
+from kvjax.mcts import mctx_search, subtree
+from kvjax.mcts import tokens as own_tokens
 from kvjax.mcts import tree as trees
 from kvjax.mcts.output import Dials, SearchOutput
 from kvjax.mcts.subtree import Kept
-from kvjax.model import fused_step, step, world_model
-from kvjax.model.checks import validate_key, validate_model
+from kvjax.model import step, unizero
+from kvjax.model.checks import validate_key
 from kvjax.model.contexts import Contexts, advance, validate_contexts
-from kvjax.model.fused import Prepared, fold
+from kvjax.model.unizero import UniZero
 from kvjax.model.world_model import Params
 from kvjax.ops import support
 
@@ -32,27 +33,8 @@ _NARROW = 128
 """Embedding size up to which loops are faster in one thread; on 2 cores, 256 is slower so."""
 
 
-def prepare(params: Params, *, config: WorldModelConfig) -> Prepared:
-    """Folds a model's variables for `search` once, instead of in every call.
-
-    Worth it for wide models: their [E, 4E] matrices are then rewritten once. Prepare again whenever
-    the variables change.
-
-    Raises:
-      TypeError, ValueError: the variables are not a model's of this configuration.
-    """
-    validate_model(params, config)
-    prepared: Prepared = _prepare(params, config=config)
-    return prepared
-
-
-@functools.partial(jax.jit, static_argnames=("config",))
-def _prepare(params: Params, *, config: WorldModelConfig) -> Prepared:
-    return Prepared(params=params, folded=fold(params, config=config))
-
-
 def search(
-    params: Params | Prepared,
+    params: Params | UniZero,
     rng: jax.Array,
     contexts: Contexts,
     observation: ArrayLike,
@@ -98,7 +80,7 @@ def search(
 
 
 def compiled(
-    params: Params | Prepared,
+    params: Params | UniZero,
     rng: jax.Array,
     contexts: Contexts,
     observation: ArrayLike,
@@ -121,9 +103,9 @@ def compiled(
 
 
 def _check_types(
-    params: Params | Prepared, rng: jax.Array, config: WorldModelConfig, search: SearchConfig
+    params: Params | UniZero, rng: jax.Array, config: WorldModelConfig, search: SearchConfig
 ) -> None:
-    validate_model(params.params if isinstance(params, Prepared) else params, config)
+    unizero.validate(params, config)
     validate_key(rng)
     require_type("search", search, SearchConfig, "kvjax.SearchConfig")
 
@@ -237,7 +219,7 @@ def _is_narrow(config: WorldModelConfig, **_: Any) -> bool:
     jit_small_operations, one_thread=_is_narrow, static_argnames=("config", "search")
 )
 def _search(
-    params: Params | Prepared,
+    params: Params | UniZero,
     rng: jax.Array,
     contexts: Contexts,
     observation: jax.Array,
@@ -262,7 +244,7 @@ def _search(
 
 
 def _advance_and_plan(
-    params: Params | Prepared,
+    params: Params | UniZero,
     rng: jax.Array,
     contexts: Contexts,
     observation: jax.Array,
@@ -274,29 +256,21 @@ def _advance_and_plan(
     config: WorldModelConfig,
     search: SearchConfig,
 ) -> tuple[Contexts, SearchOutput]:
-    variables = params.params if isinstance(params, Prepared) else params
-    if search.tree != "lightzero":
-        correction = world_model.slide_correction(variables, config=config)
-        contexts, policy, value = advance(
-            variables, correction, contexts, observation, last_action, config=config
-        )
-        root_value = support.to_scalar(value, config.support)
-        return contexts, mctx_search.run(
-            variables, rng, contexts, policy, root_value, legal, correction, dials, config, search
-        )
-    folded = params.folded if isinstance(params, Prepared) else fold(variables, config=config)
-    contexts, policy, value = fused_step.advance(
-        folded, variables, contexts, observation, last_action, config=config
-    )
+    model = unizero.fold(params, config=config)
+    contexts, policy, value = advance(model, contexts, observation, last_action, config=config)
     root_value = support.to_scalar(value, config.support)
+    if search.tree != "lightzero":
+        return contexts, mctx_search.run(
+            model, rng, contexts, policy, root_value, legal, dials, config, search
+        )
     noise_rng, action_rng = jax.random.split(rng)
     prior = trees.softmax(policy, legal)
     tree = trees.init(_with_noise(noise_rng, prior, legal, search), search)
-    tokens = own_token_search.init_tokens(folded, contexts.window, config, search.num_nodes)
+    tokens = own_tokens.init_tokens(model, contexts.window, config, search.num_nodes)
     if kept is not None:
         tree, tokens = subtree.promote(kept, tree, tokens, contexts.timestep, last_action, search)
-    tree, tokens = own_token_search.run(
-        folded, tree, tokens, contexts.timestep, dials.discount, config, search
+    tree, tokens = own_tokens.run(
+        model, tree, tokens, contexts.timestep, dials.discount, config, search
     )
     visit_counts = trees.visit_counts(tree)
     return contexts, SearchOutput(

@@ -9,8 +9,8 @@ import numpy as np
 from flax import serialization
 
 from kvjax.base.values import require
-from kvjax.mcts.own_token_search import Tokens
 from kvjax.mcts.subtree import Kept
+from kvjax.mcts.tokens import Tokens
 from kvjax.mcts.tree import Tree
 from kvjax.model.contexts import Contexts
 from kvjax.ops.window import Window

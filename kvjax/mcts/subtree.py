@@ -26,10 +26,9 @@ import jax
 import jax.numpy as jnp
 
 from kvjax.base.values import require, require_count, require_type
-from kvjax.config import BLOCK, SearchConfig, WorldModelConfig
-from kvjax.mcts import own_token_search
+from kvjax.config import SearchConfig, WorldModelConfig
 from kvjax.mcts import tree as trees
-from kvjax.mcts.own_token_search import Tokens
+from kvjax.mcts.tokens import Tokens, empty_tokens
 from kvjax.mcts.tree import CHILD, PRIOR, ROOT, UNVISITED, VALUE_SUM, VISITS, Q, Tree
 from kvjax.model import step
 
@@ -79,7 +78,7 @@ def init_kept(config: WorldModelConfig, num_envs: int, search: SearchConfig) -> 
     _require_kept_nodes(search)
     return Kept(
         tree=trees.init(jnp.zeros((num_envs, config.num_actions), jnp.float32), search),
-        tokens=own_token_search.empty_tokens(config, num_envs, search.num_nodes),
+        tokens=empty_tokens(config, num_envs, search.num_nodes),
         timestep=jnp.full((num_envs,), _NO_STEP, jnp.int32),
     )
 
@@ -198,15 +197,16 @@ def _take_tokens(old: Tokens, new: Tokens, child: jax.Array, nodes: _Renumbered)
     What the child's window held is the root's token in that place from now on.
     """
     (num_nodes, size), below = old.slots.shape, nodes.source[1:]
-    every_slot, in_block = (jnp.arange(n, dtype=jnp.int32) for n in (size, BLOCK))
+    size_of_block = (old.tables[0].shape[0] - size) // (num_nodes - 1)
+    every_slot, in_block = (jnp.arange(n, dtype=jnp.int32) for n in (size, size_of_block))
     window = jnp.where(every_slot < old.length[child], old.slots[child], old.tables[0].shape[0])
-    own = size + BLOCK * (nodes.number[1:, None] - 1) + in_block[None]
+    own = size + size_of_block * (nodes.number[1:, None] - 1) + in_block[None]
     place = jnp.concatenate([jnp.zeros(size, jnp.int32), jnp.maximum(own, 0).reshape(-1)])
     place = place.at[window].set(every_slot, mode="drop")
 
     def take(kept: jax.Array, begun: jax.Array) -> jax.Array:
-        blocks = kept[size:].reshape(num_nodes - 1, BLOCK, -1)[below - 1]
-        here = slice(size, size + BLOCK * below.shape[0])
+        blocks = kept[size:].reshape(num_nodes - 1, size_of_block, -1)[below - 1]
+        here = slice(size, size + size_of_block * below.shape[0])
         room = begun[here].reshape(blocks.shape)
         chosen = jnp.where(nodes.used[1:, None, None], blocks, room)
         return begun.at[here].set(chosen.reshape(-1, begun.shape[-1]))

@@ -3,6 +3,17 @@
 from kvjax.model.contexts import Contexts, init_contexts, replay
 from kvjax.model.rollout import rollout
 from kvjax.model.step import Prediction
+from kvjax.model.unizero import UniZero, prepare
 from kvjax.model.world_model import Params, init_params
 
-__all__ = ["Contexts", "Params", "Prediction", "init_contexts", "init_params", "replay", "rollout"]
+__all__ = [
+    "Contexts",
+    "Params",
+    "Prediction",
+    "UniZero",
+    "init_contexts",
+    "init_params",
+    "prepare",
+    "replay",
+    "rollout",
+]

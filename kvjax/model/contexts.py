@@ -15,8 +15,9 @@ from kvjax.base import loops, meshes
 from kvjax.base.arrays import ArrayLike, is_deleted, validate_range
 from kvjax.base.values import require, require_count, require_type
 from kvjax.config import WorldModelConfig
-from kvjax.model import step, world_model
-from kvjax.model.checks import validate_model, validate_raw
+from kvjax.model import step, unizero
+from kvjax.model.checks import validate_raw
+from kvjax.model.unizero import UniZero
 from kvjax.model.world_model import Params
 from kvjax.ops import window as windows
 from kvjax.ops.window import Window
@@ -69,8 +70,7 @@ def init_contexts(config: WorldModelConfig, num_envs: int) -> Contexts:
 
 
 def advance(
-    params: Params,
-    correction: jax.Array | None,
+    model: UniZero,
     contexts: Contexts,
     observation: jax.Array,
     last_action: jax.Array,
@@ -80,25 +80,22 @@ def advance(
     """Takes what the environments did into their contexts.
 
     Args:
-      correction: from `world_model.slide_correction`.
       observation: [B, *observation_shape].
       last_action: [B] int32, -1 restarts a row.
 
     Returns:
       The new contexts, policy logits [B, A] and value logits [B, S] of the observations.
     """
-    encode = functools.partial(world_model.encode, params, config=config)
-    push = functools.partial(step.root_step, params, correction, config=config)
     timestep = jnp.where(last_action == step.FIRST_STEP, 0, contexts.timestep + 1)
-    full = step.any_overflows(contexts.window, config)
-    window, policy, value = jax.vmap(push, in_axes=(0, 0, 0, 0, None))(
-        contexts.window, last_action, jax.vmap(encode)(observation), timestep, full
+    latent = unizero.encode(model, observation, config=config)
+    window, policy, value = step.root_step(
+        model, contexts.window, last_action, latent, timestep, config=config
     )
     return Contexts(window, timestep), policy, value
 
 
 def replay(
-    params: Params,
+    params: Params | UniZero,
     observation: ArrayLike,
     action: ArrayLike,
     length: ArrayLike,
@@ -129,7 +126,7 @@ def replay(
       ValueError: variables or contexts of another configuration, a shape does not fit, or host
         arrays hold values out of range.
     """
-    validate_model(params, config)
+    unizero.validate(params, config)
     observation, action, length = (
         x if isinstance(x, jax.Array) else np.asarray(x) for x in (observation, action, length)
     )
@@ -164,7 +161,7 @@ def replay(
 
 @functools.partial(jax.jit, static_argnames=("config",))
 def _replay(
-    params: Params,
+    params: Params | UniZero,
     contexts: Contexts,
     observation: jax.Array,
     action: jax.Array,
@@ -182,7 +179,7 @@ def _replay(
 
 
 def _take_steps(
-    params: Params,
+    params: Params | UniZero,
     contexts: Contexts,
     observation: jax.Array,
     action: jax.Array,
@@ -190,12 +187,12 @@ def _take_steps(
     *,
     config: WorldModelConfig,
 ) -> tuple[Contexts, jax.Array, jax.Array]:
-    correction = world_model.slide_correction(params, config=config)
+    model = unizero.fold(params, config=config)
     rows = length.shape[0]
 
     def one_step(state: Any, recorded: Any) -> tuple[Any, None]:
         index, observed, acted = recorded
-        moved = advance(params, correction, state[0], observed, acted, config=config)
+        moved = advance(model, state[0], observed, acted, config=config)
 
         def keep(new: jax.Array, old: jax.Array) -> jax.Array:
             alive = (index < length).reshape(rows, *[1] * (new.ndim - 1))
@@ -205,7 +202,7 @@ def _take_steps(
 
     steps = action.shape[1]
     history = jnp.arange(steps, dtype=jnp.int32), jnp.moveaxis(observation, 1, 0), action.T
-    step_of = functools.partial(advance, params, correction, contexts, config=config)
+    step_of = functools.partial(advance, model, contexts, config=config)
     _, *outputs = jax.eval_shape(step_of, observation[:, 0], action[:, 0])
     policy, value = (jnp.zeros(x.shape, x.dtype) for x in outputs)
     start = contexts, policy, value

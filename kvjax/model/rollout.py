@@ -9,15 +9,15 @@ import jax.numpy as jnp
 from kvjax.base import loops
 from kvjax.base.values import require_shape, require_type
 from kvjax.config import WorldModelConfig
-from kvjax.model import step, world_model
-from kvjax.model.checks import validate_model
+from kvjax.model import step, unizero
 from kvjax.model.step import Prediction
+from kvjax.model.unizero import UniZero
 from kvjax.model.world_model import Params
 from kvjax.ops.window import Window
 
 
 def rollout(
-    params: Params,
+    params: Params | UniZero,
     window: Window,
     action: jax.Array,
     timestep: jax.Array | int = 0,
@@ -45,24 +45,26 @@ def rollout(
       TypeError: an argument of another type.
       ValueError: variables of another configuration, or a shape does not fit.
     """
-    validate_model(params, config)
+    unizero.validate(params, config)
     require_type("window", window, Window, "kvjax.ops.window.init")
     require_shape("window.kv", window.kv, (config.context_length, *config.window.token_shape))
     require_shape("action", action, ("K",))
     require_shape("timestep", timestep, ())
-    correction = world_model.slide_correction(params, config=config)
+    model = unizero.fold(params, config=config)
 
     def one_step(
-        params: Params, window: Window, action: jax.Array, depth: jax.Array
+        model: UniZero, window: Window, action: jax.Array, depth: jax.Array
     ) -> tuple[Window, Prediction]:
-        return step.recurrent_step(
-            params, correction, window, action, depth, jnp.asarray(timestep), config=config
+        row = jax.tree.map(lambda x: x[None], (window, action, depth, jnp.asarray(timestep)))
+        moved: tuple[Window, Prediction] = jax.tree.map(
+            lambda x: x[0], step.recurrent_step(model, *row, config=config)
         )
+        return moved
 
     if checkpoint:
         one_step = jax.checkpoint(one_step)
     depths = jnp.arange(1, action.shape[0] + 1, dtype=jnp.int32)
     imagined: tuple[Window, Prediction] = loops.scan(
-        lambda window, x: one_step(params, window, *x), window, (action, depths)
+        lambda window, x: one_step(model, window, *x), window, (action, depths)
     )
     return imagined

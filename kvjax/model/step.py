@@ -1,9 +1,10 @@
-"""One environment step and one imagined step of one item: push tokens, read heads, make room.
+"""One step of environments and one imagined step: push tokens, read heads, make room.
 
-Both routes are built from these two: the search in one jit and the store's inference steps.
+Everything here is built from these two: the search in one jit, the store's inference steps, replay
+and rollout.
 
-Shapes: C context_length in tokens, L layers, H heads, D head size, E embedding size, A actions,
-S support bins.
+Shapes: B rows, C context_length in tokens, L layers, H heads, D head size, E embedding size, A
+actions, S support bins.
 """
 
 import dataclasses
@@ -11,14 +12,15 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from kvjax.base import loops
 from kvjax.base.compilation import computed_once
 from kvjax.config import WorldModelConfig
-from kvjax.model import world_model
-from kvjax.model.world_model import Params
+from kvjax.model import modes, unizero
+from kvjax.model.unizero import Cached, UniZero
 from kvjax.ops import window as windows
-from kvjax.ops.position import observation_position
 from kvjax.ops.window import Window
+
+FIRST_STEP = -1
+"""The last action of a row that starts an episode."""
 
 
 @jax.tree_util.register_dataclass
@@ -39,96 +41,58 @@ class Prediction:
     value: jax.Array
 
 
-FIRST_STEP = -1
-"""The last action of a row that starts an episode."""
-
-_GAPS = {"rope_lightzero": 2, "rope_consistent": 0}
-
-
-def _push(
-    params: Params,
-    token: jax.Array,
-    window: Window,
-    position: jax.Array | None,
-    config: WorldModelConfig,
-    zero_keys: jax.Array | None = None,
-) -> tuple[jax.Array, Window]:
-    hidden, kv_token = world_model.token_step(
-        params, token, window, position, config=config, zero_keys=zero_keys
-    )
-    return hidden, windows.append(window, kv_token, None if window.raw is None else token)
-
-
-def token_positions(
-    config: WorldModelConfig, timestep: jax.Array, depth: jax.Array | int = 0
-) -> tuple[jax.Array | None, jax.Array | None]:
-    """Where a step's action and observation go; None where the window's length says it.
-
-    Args:
-      timestep: [] int32 of the root.
-      depth: [] int32 below the root.
-    """
-    if not config.is_rotary:
-        return None, None
-    observation = observation_position(timestep, depth, gap=_GAPS[config.window_mode])
-    return observation - 1, observation
-
-
 def observe(
-    params: Params,
+    model: UniZero,
     window: Window,
     latent: jax.Array,
     timestep: jax.Array,
     *,
     config: WorldModelConfig,
 ) -> Window:
-    """Pushes an observation's latent [E] and predicts nothing; the window does not slide."""
-    _, position = token_positions(config, timestep)
-    return _push(params, latent, window, position, config)[1]
+    """Pushes latents [B, E] of observations and predicts nothing; the windows do not slide."""
+    _, rotation = modes.rotations(timestep, 0, config)
+    return _push(model, latent, window, rotation, config)[1]
 
 
 def root_step(
-    params: Params,
-    correction: jax.Array | None,
+    model: UniZero,
     window: Window,
     last_action: jax.Array,
     latent: jax.Array,
     timestep: jax.Array,
-    may_overflow: jax.Array | None = None,
     *,
     config: WorldModelConfig,
 ) -> tuple[Window, jax.Array, jax.Array]:
-    """Pushes what the environment did: the last action and the latent of what was then observed.
+    """Pushes what environments did: the last action and the latent of what was then observed.
 
     Args:
-      correction: [C - 3, L, 2, H, D] or None, from `world_model.slide_correction`.
-      window: the root's window before the action. An empty one starts from the observation alone.
-      last_action: [] int32; -1 starts an episode from an empty window.
-      latent: [E] of the current observation.
-      timestep: [] int32 of the current observation; read by rotary positions only.
-      may_overflow: see `recurrent_step`.
+      window: the roots' windows before the action, `kv` [B, C, L, 2, H, D]. An empty one starts
+        from the observation alone.
+      last_action: [B] int32; -1 starts an episode from an empty window.
+      latent: [B, E] of the current observations.
+      timestep: [B] int32 of the current observations; read by rotary positions only.
 
     Returns:
-      The new root window, policy logits [A] and value logits [S] of the current observation.
+      The new root windows, policy logits [B, A] and value logits [B, S] of the observations.
     """
-    starts = (last_action == FIRST_STEP) | (window.length == 0)
-    action = world_model.embed_action(params, jnp.maximum(last_action, 0), config=config)
-    at_action, at_observation = token_positions(config, timestep)
-    _, continued = _push(params, action, window, at_action, config)
-    window = windows.where(starts, windows.init(config.window), continued)
-    hidden, window = _push(params, latent, window, at_observation, config)
-    policy, value = world_model.at_observation(params, hidden, config=config)
-    return make_room(params, correction, window, latent, may_overflow, config), policy, value
+    before = window.length
+    starts = (last_action == FIRST_STEP) | (before == 0)
+    at_action, at_observation = modes.rotations(timestep, 0, config)
+    action = unizero.raw_action(model, jnp.maximum(last_action, 0))
+    _, continued = _push(model, action, window, at_action, config)
+    empty = jax.tree.map(jnp.zeros_like, continued)
+    window = jax.vmap(windows.where)(starts, empty, continued)
+    x, window = _push(model, latent, window, at_observation, config)
+    policy, value = unizero.at_observation(model, x)
+    return modes.make_room(model, before, window, latent, config), policy.T, value.T
 
 
 def recurrent_step(
-    params: Params,
-    correction: jax.Array | None,
+    model: UniZero,
     window: Window,
     action: jax.Array,
     depth: jax.Array,
     timestep: jax.Array,
-    may_overflow: jax.Array | None = None,
     *,
     config: WorldModelConfig,
     zero_keys: jax.Array | None = None,
@@ -136,51 +100,48 @@ def recurrent_step(
     """Imagines one step: pushes an action, reads the next latent from it and pushes that too.
 
     Args:
-      correction: [C - 3, L, 2, H, D] or None, from `world_model.slide_correction`.
-      window: the parent node's window; the parent's latent is its last token.
-      action: [] int32 in 0 .. A - 1.
-      depth: [] int32 of the new node below its root, from 1; read by rotary positions only.
-      timestep: [] int32 of the root; read by rotary positions only.
-      may_overflow: [] bool, whether any window of a batch overflows (`any_overflows`). Where a mode
-        computes keys and values again, all rows are spared it if none does; give it unbatched.
-      zero_keys: [] int32, see `kvjax.ops.attention.attend`.
+      window: the parent nodes' windows; each parent's latent is its last token.
+      action: [B] int32 in 0 .. A - 1.
+      depth: [B] int32 of the new nodes below their root, from 1; read by rotary positions only.
+      timestep: [B] int32 of the roots; read by rotary positions only.
+      zero_keys: [B] int32, see `kvjax.model.unizero.token_step`.
 
     Returns:
-      The child's window and the `Prediction` for it.
+      The children's windows and the `Prediction` for them, each field [B, ...].
     """
-    at_action, at_observation = token_positions(config, timestep, depth)
-    token = world_model.embed_action(params, action, config=config)
-    hidden, window = _push(params, token, window, at_action, config, zero_keys)
-    reward, latent = world_model.at_action(params, hidden, config=config)
-    latent = computed_once(latent)  # it is stored, returned and hashed
-    hidden, window = _push(params, latent, window, at_observation, config, zero_keys)
-    policy, value = world_model.at_observation(params, hidden, config=config)
-    window = make_room(params, correction, window, latent, may_overflow, config)
-    return window, Prediction(latent, reward, policy, value)
+    before = window.length
+    at_action, at_observation = modes.rotations(timestep, depth, config)
+    raw = unizero.raw_action(model, action)
+    x, window = _push(model, raw, window, at_action, config, zero_keys)
+    reward, latent = unizero.at_action(model, x, config=config)
+    latent = computed_once(latent.T)  # it is stored, returned and hashed
+    x, window = _push(model, latent, window, at_observation, config, zero_keys)
+    policy, value = unizero.at_observation(model, x)
+    window = modes.make_room(model, before, window, latent, config)
+    return window, Prediction(latent, reward.T, policy.T, value.T)
 
 
-def any_overflows(window: Window, config: WorldModelConfig) -> jax.Array:
-    """Whether a block more makes any window [B] of a batch overflow: [] bool."""
-    return jnp.any(window.length >= config.window.kept_length)
-
-
-def make_room(
-    params: Params,
-    correction: jax.Array | None,
+def _push(
+    model: UniZero,
+    token: jax.Array,
     window: Window,
-    latent: jax.Array,
-    may_overflow: jax.Array | None,
+    rotation: jax.Array | None,
     config: WorldModelConfig,
-) -> Window:
-    """What the window mode does with a window that has reached C - 1 tokens; see `root_step`."""
-    if config.window_mode not in ("rebuild", "reset"):
-        return windows.slide(window, correction)
+    zero_keys: jax.Array | None = None,
+) -> tuple[jax.Array, Window]:
+    """The stream [E, B] behind raw tokens [B, E], and the windows with them."""
+    x = unizero.place(model, unizero.embed_latent(token.astype(model.dtype).T), window.length)
+    x, own = unizero.token_step(
+        model, x, *_as_read(model, window), (), rotation, config=config, zero_keys=zero_keys
+    )
+    kv_token = jnp.stack(own, axis=1).reshape(len(token), *config.window.token_shape)
+    raw = None if window.raw is None else token
+    return x, jax.vmap(windows.append)(window, kv_token, raw)
 
-    def compute_again() -> Window:
-        if config.window_mode == "rebuild":
-            return world_model.rebuild(params, windows.slide(window), config=config)
-        return _push(params, latent, windows.init(config.window), None, config)[1]
 
-    overflows = windows.overflows(window)
-    wanted = overflows if may_overflow is None else may_overflow
-    return windows.where(overflows, loops.cond(wanted, compute_again, lambda: window), window)
+def _as_read(model: UniZero, window: Window) -> tuple[Cached, jax.Array]:
+    """Keys and values [B, C, E] of each layer, and which slots hold a token: [B, C] bool."""
+    rows, capacity, layers = window.kv.shape[:3]
+    kv = window.kv.astype(model.dtype).reshape(rows, capacity, layers, 2, -1)
+    cached = tuple((kv[:, :, layer, 0], kv[:, :, layer, 1]) for layer in range(layers))
+    return cached, jax.vmap(windows.valid_mask)(window)

@@ -1,11 +1,13 @@
-"""UniZero's transformer world model in inference, one token at a time (Flax).
+"""UniZero's transformer world model as a Flax module: its variables, and its formulas as published.
 
-The model reads a window and returns the new token's keys and values; it never writes a cache.
+It makes and names the variables, which training changes. What searches and steps run is
+`kvjax.model.unizero`, the same function folded. One item at a time; batches come by `jax.vmap`:
+
+    latent = WorldModel(config).apply(params, observation, method="encode")
 
 Shapes: E embedding size, L layers, H heads, D head size, A actions, S support bins.
 """
 
-import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -13,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvjax.base.values import require_shape
 from kvjax.config import WorldModelConfig
 from kvjax.model import encoders
 from kvjax.model.encoders import Normalise, layer_norm
@@ -100,7 +101,7 @@ class _Block(nn.Module):
 
 
 class WorldModel(nn.Module):
-    """The whole model for one item. Use the module functions below, which apply it."""
+    """The whole model for one item."""
 
     config: WorldModelConfig
 
@@ -140,10 +141,21 @@ class WorldModel(nn.Module):
         self,
         token: jax.Array,
         window: Window,
-        position: jax.Array | None,
+        position: jax.Array | None = None,
         zero_keys: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """See `kvjax.model.world_model.token_step`."""
+        """Runs one token through the transformer, reading a window.
+
+        Args:
+          token: [E], a latent or an embedded action, without position.
+          window: what the token may attend to, `kv` [C, L, 2, H, D].
+          position: [] int32, where a rotary model places the token; the window's length by default,
+            which is where learned positions place it.
+          zero_keys: see `kvjax.ops.attention.attend`.
+
+        Returns:
+          hidden [E] and the token's own keys and values [L, 2, H, D], ready for `append`.
+        """
         valid = windows.valid_mask(window)
         x, rotation = self._place(token, window.length if position is None else position)
         fresh = []
@@ -153,9 +165,25 @@ class WorldModel(nn.Module):
         return self.final_norm(x), jnp.stack(fresh)
 
     def sequence(
-        self, tokens: jax.Array, positions: jax.Array, earlier: jax.Array
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        earlier: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """See `kvjax.model.world_model.sequence`."""
+        """Runs T tokens through the transformer at once, without a window.
+
+        Args:
+          tokens: [T, E], latents and embedded actions, without positions.
+          positions: [T] int32, 0 .. T - 1 by default; learned ones below C.
+          earlier: [T, T] bool, which tokens each one may attend to besides itself; all before it by
+            default.
+
+        Returns:
+          hidden [T, E] and keys and values [T, L, 2, H, D].
+        """
+        length = len(tokens)
+        positions = jnp.arange(length, dtype=jnp.int32) if positions is None else positions
+        earlier = jnp.tril(jnp.ones((length, length), bool), k=-1) if earlier is None else earlier
         x, rotation = jax.vmap(self._place)(tokens, positions)
         fresh = []
         for block in self.blocks:
@@ -229,141 +257,3 @@ def check_kind(name: str, dtype: Any) -> None:
     """
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"{name} holds {dtype}, expected floating-point numbers")
-
-
-def _apply(config: WorldModelConfig, params: Params, *args: Any, method: str) -> Any:
-    return WorldModel(config).apply(params, *args, method=method)
-
-
-def encode(params: Params, observation: jax.Array, *, config: WorldModelConfig) -> jax.Array:
-    """Observation [*observation_shape] to latent [E]; the identity for a model without encoder."""
-    require_shape("observation", observation, config.observation_shape)
-    latent: jax.Array = _apply(config, params, observation, method="encode")
-    return latent
-
-
-def embed_action(params: Params, action: jax.Array, *, config: WorldModelConfig) -> jax.Array:
-    """Action [] int32 in 0 .. A - 1 to its token [E]."""
-    require_shape("action", action, ())
-    token: jax.Array = _apply(config, params, action, method="embed_action")
-    return token
-
-
-def token_step(
-    params: Params,
-    token: jax.Array,
-    window: Window,
-    position: jax.Array | None = None,
-    *,
-    config: WorldModelConfig,
-    zero_keys: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """Runs one token through the transformer, reading a window.
-
-    Args:
-      token: [E], a latent or an embedded action, without position.
-      window: what the token may attend to, `kv` [C, L, 2, H, D].
-      position: [] int32, where a rotary model places the token; the window's length by default,
-        which is where learned positions place it.
-      zero_keys: see `kvjax.ops.attention.attend`.
-
-    Returns:
-      hidden [E] and the token's own keys and values [L, 2, H, D], ready for `append`.
-    """
-    require_shape("token", token, config.latent_shape)
-    require_shape("window.kv", window.kv, (config.context_length, *config.window.token_shape))
-    if position is not None:
-        require_shape("position", position, ())
-    hidden, kv_token = _apply(
-        config, params, token, window, position, zero_keys, method="token_step"
-    )
-    return hidden, kv_token
-
-
-def sequence(
-    params: Params,
-    tokens: jax.Array,
-    positions: jax.Array | None = None,
-    earlier: jax.Array | None = None,
-    *,
-    config: WorldModelConfig,
-) -> tuple[jax.Array, jax.Array]:
-    """Runs T tokens through the transformer at once, without a window.
-
-    Args:
-      tokens: [T, E], latents and embedded actions, without positions.
-      positions: [T] int32, 0 .. T - 1 by default; learned ones below C.
-      earlier: [T, T] bool, which tokens each one may attend to besides itself; all before it by
-        default.
-
-    Returns:
-      hidden [T, E] and keys and values [T, L, 2, H, D].
-    """
-    require_shape("tokens", tokens, ("T", *config.latent_shape))
-    length = tokens.shape[0]
-    positions = jnp.arange(length, dtype=jnp.int32) if positions is None else positions
-    earlier = jnp.tril(jnp.ones((length, length), bool), k=-1) if earlier is None else earlier
-    require_shape("positions", positions, (length,))
-    require_shape("earlier", earlier, (length, length))
-    hidden, kv = _apply(config, params, tokens, positions, earlier, method="sequence")
-    return hidden, kv
-
-
-def at_action(
-    params: Params, hidden: jax.Array, *, config: WorldModelConfig
-) -> tuple[jax.Array, jax.Array]:
-    """Hidden state [E] of an action token to reward logits [S] and next latent [E]."""
-    require_shape("hidden", hidden, config.latent_shape)
-    reward, latent = _apply(config, params, hidden, method="at_action")
-    return reward, latent
-
-
-def at_observation(
-    params: Params, hidden: jax.Array, *, config: WorldModelConfig
-) -> tuple[jax.Array, jax.Array]:
-    """Hidden state [E] of an observation token to policy logits [A] and value logits [S]."""
-    require_shape("hidden", hidden, config.latent_shape)
-    policy, value = _apply(config, params, hidden, method="at_observation")
-    return policy, value
-
-
-def positions(params: Params, *, config: WorldModelConfig) -> jax.Array:
-    """The position table as far as a window reaches: [C, E]."""
-    table: jax.Array = _apply(config, params, method="positions")
-    return table
-
-
-def projected_positions(params: Params, *, config: WorldModelConfig) -> jax.Array:
-    """What each position adds to keys and values when LayerNorm is left out: [C, L, 2, H, D].
-
-    For learned positions only.
-    """
-    blocks = [params["params"][f"blocks_{layer}"] for layer in range(config.num_layers)]
-    kernels = jnp.stack(
-        [jnp.stack([block["key"]["kernel"], block["value"]["kernel"]]) for block in blocks]
-    )
-    return position.project(positions(params, config=config), kernels, config.num_heads)
-
-
-def slide_correction(params: Params, *, config: WorldModelConfig) -> jax.Array | None:
-    """What `kvjax.ops.window.slide` needs for this model: [C - 3, L, 2, H, D].
-
-    None unless the model's `window_mode` is "learned". Depends on the parameters alone: compute it
-    once per call, outside the simulations' loop, and it can never be older than the weights.
-    """
-    if config.window_mode != "learned":
-        return None
-    return position.slide_correction(projected_positions(params, config=config))
-
-
-def rebuild(params: Params, window: Window, *, config: WorldModelConfig) -> Window:
-    """Computes a window's keys and values again, from its raw tokens at positions 0 .. length - 1.
-
-    Args:
-      window: of at most C - 3 tokens, with `raw` [C, E] (window mode "rebuild").
-    """
-    kept = config.window.kept_length
-    _, kv = sequence(params, jnp.asarray(window.raw)[:kept], config=config)
-    valid = jnp.arange(kept, dtype=jnp.int32) < window.length
-    kv = jnp.where(valid[:, None, None, None, None], kv, 0).astype(window.kv.dtype)
-    return dataclasses.replace(window, kv=jnp.zeros_like(window.kv).at[:kept].set(kv))

@@ -12,10 +12,11 @@ import numpy as np
 from kvjax import store as stores
 from kvjax.base.values import require
 from kvjax.config import SearchConfig, WorldModelConfig
-from kvjax.mcts.search import prepare, search
+from kvjax.mcts.search import search
 from kvjax.mcts.subtree import Kept
 from kvjax.model.contexts import init_contexts
 from kvjax.model.step import FIRST_STEP
+from kvjax.model.unizero import prepare
 from kvjax.model.world_model import Params
 from kvjax.tools.parity.host_search import host_search, most_visited
 

@@ -5,6 +5,7 @@ import os
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from kvjax.base import compilation
 from kvjax.base.compilation import jit_small_operations
@@ -34,6 +35,7 @@ def partitions(program, x):
     return program.lower(x).compile().as_text().count('outer_dimension_partitions":["')
 
 
+@pytest.mark.optimised
 def test_loops_stay_in_one_thread_where_asked():
     """Unless there is but one core, XLA shares a loop as large as this."""
     x = jnp.zeros((64, 1 << 14))

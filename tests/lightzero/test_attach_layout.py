@@ -170,6 +170,7 @@ def test_more_rows_than_slots():
     assert (stats["nodes_stored"], stats["not_stored"], stats["node_evictions"]) == (4, 1, 1)
 
 
+@pytest.mark.optimised
 def test_filing_moves_what_is_filed_and_copies_no_table():
     """The tables are updated where they are; what is needed besides is of the batch's size."""
     filed = jax.device_put(layout.init(SMALL, 8, 500, root_slots=2))
@@ -184,6 +185,7 @@ def test_filing_moves_what_is_filed_and_copies_no_table():
     assert filed.kv.unsafe_buffer_pointer() == place
 
 
+@pytest.mark.optimised
 def test_between_simulations_neither_the_batch_nor_a_table_is_copied():
     filed = jax.device_put(layout.init(SMALL, 8, 500, root_slots=2))
     batch = jnp.zeros((L, 2, 8, H, layout.slots_of_row(C), D))

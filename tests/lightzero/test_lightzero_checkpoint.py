@@ -4,9 +4,11 @@ import dataclasses
 import functools
 import types
 
+import flax_model
 import jax
 import jax.numpy as jnp
 import numpy as np
+import one_row
 import pytest
 
 from kvjax import lightzero
@@ -28,9 +30,8 @@ def state(data):
 
 
 def replayed_logits(config, params, observed, actions):
-    correction = world_model.slide_correction(params, config=config)
-    push = jax.jit(functools.partial(step.root_step, params, correction, config=config))
-    encode = functools.partial(world_model.encode, params, config=config)
+    push = jax.jit(functools.partial(one_row.root_step, params, config=config))
+    encode = functools.partial(flax_model.encode, params, config=config)
     window, logits = windows.init(config.window), []
     for t, observation in enumerate(observed):
         action = jnp.int32(actions[t - 1] if t else step.FIRST_STEP)

@@ -9,6 +9,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import one_row
 import pytest
 from conftest import SMALL, random_params
 
@@ -24,21 +25,19 @@ from kvjax import (
 from kvjax import store as stores
 from kvjax.mcts import inference
 from kvjax.mcts.inference import _initial, _recurrent
-from kvjax.model import step, world_model
 from kvjax.ops import hashing
 from kvjax.ops import window as windows
 from kvjax.store import pool as pools
 from kvjax.store.pool import NO_SLOT
 
 PARAMS = random_params(SMALL)
-CORRECTION = world_model.slide_correction(PARAMS, config=SMALL)
 ENVS, SIMULATIONS, EMBED = 3, 5, SMALL.embed_dim
 ATOL = 1e-5
 
 initial = functools.partial(initial_inference, PARAMS, config=SMALL)
 recurrent = functools.partial(recurrent_inference, PARAMS, config=SMALL)
-push = jax.jit(functools.partial(step.root_step, PARAMS, CORRECTION, config=SMALL))
-imagine = jax.jit(functools.partial(step.recurrent_step, PARAMS, CORRECTION, config=SMALL))
+push = jax.jit(functools.partial(one_row.root_step, PARAMS, config=SMALL))
+imagine = jax.jit(functools.partial(one_row.recurrent_step, PARAMS, config=SMALL))
 
 
 def latents(seed=0, rows=ENVS):
@@ -245,7 +244,7 @@ def test_equal_latents_of_two_histories_are_kept_apart_by_handle():
     params = jax.tree.map(lambda x: x, PARAMS)
     for name, leaf in params["params"]["latent_head"]["output"].items():
         params["params"]["latent_head"]["output"][name] = jnp.zeros_like(leaf)
-    exact = jax.jit(functools.partial(step.recurrent_step, params, CORRECTION, config=SMALL))
+    exact = jax.jit(functools.partial(one_row.recurrent_step, params, config=SMALL))
     by_slot = functools.partial(recurrent_inference, params, config=SMALL)
     store, root = first_step(fresh(), latents(0))
     parent_windows = window_of(store, root, np.arange(ENVS))
@@ -463,30 +462,15 @@ def test_bfloat16_entries():
 
 def lowered(node_slots):
     store = init_store(SMALL, ENVS, SIMULATIONS, node_slots=node_slots)
-    options = {"config": SMALL, "miss_policy": "context_free", "reanalysis": False}
-    ids = (zeros(), zeros(), zeros(), zeros())
-    yield (
-        store,
-        _recurrent.lower(
-            PARAMS,
-            store,
-            latents(),
-            *ids,
-            None,
-            None,
-            full_policy="error",
-            pads_are_read=False,
-            **options,
-        ),
-    )
-    yield (
-        store,
-        _initial.lower(
-            PARAMS, store, latents(), zeros(), latents(), zeros(), zeros(), None, **options
-        ),
-    )
+    how = inference._How(SMALL, "context_free", reanalysis=False)
+    ids = latents(), zeros(), zeros(), zeros()
+    searched = inference._Rows(*ids, depth=zeros())
+    yield store, _recurrent.lower(PARAMS, store, searched, how)
+    observed = inference._Rows(*ids, last_latent=latents())
+    yield store, _initial.lower(PARAMS, store, observed, how)
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("node_slots", [4000, 40_000])
 def test_no_step_copies_a_pool(node_slots):
     for store, step_of_store in lowered(node_slots):

@@ -5,6 +5,7 @@ import os
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
@@ -13,6 +14,8 @@ from kvjax.base.compilation import computed_once
 from kvjax.config import WINDOW_MODES, WorldModelConfig
 from kvjax.model import world_model
 from kvjax.ops import hashing
+
+pytestmark = pytest.mark.optimised  # rounding is XLA's affair
 
 EXAMPLES = 100 if os.environ.get("KVJAX_FULL") else 1
 QUICK = (Phase.explicit, Phase.generate)  # a smaller example is not worth its compilations

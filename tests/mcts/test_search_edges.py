@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 
+import flax_model
 import jax
 import jax.numpy as jnp
 import mctx
@@ -14,7 +15,7 @@ from kvjax import init_contexts
 from kvjax.config import MAX_SIMULATIONS, EnvironmentConfig, SearchConfig
 from kvjax.mcts import search
 from kvjax.mcts.mctx_search import _normalise_over_tree
-from kvjax.model import fused, world_model
+from kvjax.model import unizero
 from kvjax.model.checkpoint import Checkpoint
 from kvjax.ops import window as windows
 from kvjax.ops.window import Window
@@ -63,13 +64,13 @@ def test_nan_inside_the_tree_is_reported(name):
 
 
 def test_nan_of_imagined_policies_alone_is_reported(monkeypatch):
-    exact = fused.at_observation
+    exact = unizero.at_observation
 
     def broken(folded, x):
         policy, value = exact(folded, x)
         return policy.at[:, 1].set(jnp.nan), value
 
-    monkeypatch.setattr(fused, "at_observation", broken)
+    monkeypatch.setattr(unizero, "at_observation", broken)
     out = searched(observations(3), num_simulations=9)
     assert out.finite.tolist() == [True, False, True]
     assert np.isnan(out.root_value[1])
@@ -133,12 +134,12 @@ def test_close_q_values_of_mctx_are_not_blown_up():
 def test_simnorm_groups(group):
     """Against softmax written out; the whole folded model is in test_tree."""
     config = dataclasses.replace(SMALL, simnorm_group=group)
-    latents = np.asarray(world_model.encode(PARAMS, observations(1)[0], config=config))
+    latents = np.asarray(flax_model.encode(PARAMS, observations(1)[0], config=config))
     np.testing.assert_allclose(latents.reshape(-1, group).sum(axis=1), 1.0, rtol=1e-5)
     x = np.random.default_rng(0).normal(size=(16, 3)).astype(np.float32)
     grouped = np.exp(x.reshape(-1, group, 3))
     expected = (grouped / grouped.sum(axis=1, keepdims=True)).reshape(16, 3)
-    np.testing.assert_allclose(fused._simnorm(x, group), expected, rtol=1e-5)
+    np.testing.assert_allclose(unizero._simnorm(x, group), expected, rtol=1e-5)
 
 
 def test_a_window_that_is_longer_than_full_slides_too():

@@ -74,6 +74,7 @@ def test_equals_plain_python(mode, context_length, options):
     assert (total[1:, 2] > simulations).any()
 
 
+@pytest.mark.optimised  # equal bits of two programs
 def test_a_first_search_is_the_one_that_keeps_nothing():
     observation, restart = observations(1, 3)[0], np.full(3, -1)
     off = dataclasses.replace(KEEPING, kept_nodes=0)

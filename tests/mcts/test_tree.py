@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import flax_model
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +12,7 @@ from conftest import SMALL, random_params, with_mode
 
 from kvjax import SearchConfig, init_contexts, prepare
 from kvjax.mcts import search
-from kvjax.model import fused, step, world_model
+from kvjax.model import unizero
 from kvjax.ops import support
 from kvjax.ops import window as windows
 from kvjax.tools.parity import reference_tree
@@ -23,7 +24,7 @@ GROUPS = dataclasses.replace(SMALL, simnorm_group=4)
 @pytest.mark.parametrize("config", [SMALL, MAIN, GROUPS], ids=["0.2.0", "main", "groups of 4"])
 def test_folded_model_equals_the_model(config):
     params = random_params(config)
-    folded = fused.fold(params, config=config)
+    folded = unizero.fold(params, config=config)
     length = jnp.asarray([0, 1, 3, 5])
     valid = jnp.arange(8) < length[:, None]
     kv = np.random.default_rng(0).normal(size=(4, 8, *config.window.token_shape))
@@ -31,33 +32,34 @@ def test_folded_model_equals_the_model(config):
     action = jnp.asarray([0, 1, 2, 0])
 
     def one_row(action, window):
-        token = world_model.embed_action(params, action, config=config)
-        hidden, own = world_model.token_step(params, token, window, config=config)
-        reward, latent = world_model.at_action(params, hidden, config=config)
-        policy, value = world_model.at_observation(params, hidden, config=config)
+        token = flax_model.embed_action(params, action, config=config)
+        hidden, own = flax_model.token_step(params, token, window, config=config)
+        reward, latent = flax_model.read_action(params, hidden, config=config)
+        policy, value = flax_model.read_observation(params, hidden, config=config)
         return own, reward, latent, policy, value
 
     expected = jax.vmap(one_row)(action, windows.Window(kv, length))
-    x = fused.place(folded, fused.embed_action(folded, action), length)
+    x = unizero.place(folded, unizero.embed_action(folded, action), length)
     cached = tuple(
         tuple(kv[:, :, layer, kind].reshape(*kv.shape[:2], -1) for kind in range(2))
         for layer in range(config.num_layers)
     )
-    x, own = fused.token_step(folded, x, cached, valid, config=config)
+    x, own = unizero.token_step(folded, x, cached, valid, config=config)
     own = jnp.stack(own, axis=1).reshape(4, *config.window.token_shape)
-    heads = (*fused.at_action(folded, x, config=config), *fused.at_observation(folded, x))
+    heads = (*unizero.at_action(folded, x, config=config), *unizero.at_observation(folded, x))
     for ours, theirs in zip((own, *(head.T for head in heads)), expected, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 
-recurrent_step = jax.jit(step.recurrent_step, static_argnames="config")  # compiled once a mode
+recurrent_step = jax.jit(
+    flax_model.recurrent_step, static_argnames="config"
+)  # compiled once a mode
 to_scalar = jax.jit(support.to_scalar, static_argnums=1)
 
 
 def window_search(params, window, policy, timestep, config, search_config):
     """One row with a whole window per node, on the host: what own tokens must equal."""
-    correction = world_model.slide_correction(params, config=config)
-    imagine = functools.partial(recurrent_step, params, correction, config=config)
+    imagine = functools.partial(recurrent_step, params, config=config)
     grown = reference_tree.init(policy, np.ones(len(policy), bool), search_config)
     nodes, depths = [window], [0]
     for _ in range(search_config.num_simulations):
@@ -93,9 +95,8 @@ def test_own_tokens_equal_whole_windows(mode, context_length):
     restart, fills = 7, context_length // 2
     steps = max(12, restart + fills + 5)
     params, search_config = random_params(config), SearchConfig(num_simulations=30, discount=0.9)
-    correction = world_model.slide_correction(params, config=config)
-    push = jax.jit(functools.partial(step.root_step, params, correction, config=config))
-    encode = functools.partial(world_model.encode, params, config=config)
+    push = jax.jit(functools.partial(flax_model.root_step, params, config=config))
+    encode = functools.partial(flax_model.encode, params, config=config)
     rng = np.random.default_rng(0)
     contexts = init_contexts(config, 2)
     for t in range(steps):

@@ -3,17 +3,18 @@
 import functools
 
 import chex
+import flax_model
 import jax
 import jax.numpy as jnp
 import numpy as np
+import one_row
 import oracle
 import pytest
 from conftest import SMALL, random_params, with_mode
 
-from kvjax import init_contexts, init_store, initial_inference, on_params_update, replay
+from kvjax import init_contexts, init_store, initial_inference, on_params_update, prepare, replay
 from kvjax import store as stores
 from kvjax.config import WINDOW_MODES
-from kvjax.model import step, world_model
 from kvjax.model.contexts import advance
 from kvjax.ops import window as windows
 
@@ -39,8 +40,7 @@ def test_histories_of_unequal_lengths_equal_single_steps(mode):
     params = random_params(config)
     observation, action = histories()
     contexts, policy, value = replay(params, observation, action, LENGTHS, config=config)
-    correction = world_model.slide_correction(params, config=config)
-    one_step = jax.jit(functools.partial(advance, params, correction, config=config))
+    one_step = jax.jit(functools.partial(advance, prepare(params, config=config), config=config))
     for b, length in enumerate(LENGTHS):
         alone, logits = init_contexts(config, 1), (np.zeros((1, 3)), np.zeros((1, 7)))
         for t in range(length):
@@ -105,7 +105,7 @@ def held_tokens(params, observation, action, config):
     for t, seen in enumerate(observation):
         if t:
             history.push(np.asarray(table[action[t]]), None)
-        history.push(np.asarray(world_model.encode(params, seen, config=config)), None)
+        history.push(np.asarray(flax_model.encode(params, seen, config=config)), None)
         history.make_room()
     return [history.tokens[index] for index in history.window]
 
@@ -136,13 +136,12 @@ def test_other_modes_drop_their_contexts_and_go_on_from_the_next_observation(mod
     dropped = on_params_update(contexts, new, config=config)
     assert dropped.window.length.tolist() == [0] * ROWS
     assert dropped.timestep.tolist() == contexts.timestep.tolist()
-    correction = world_model.slide_correction(new, config=config)
-    one_step = jax.jit(functools.partial(advance, new, correction, config=config))
+    one_step = jax.jit(functools.partial(advance, prepare(new, config=config), config=config))
     moved, _, _ = one_step(dropped, observation[:, 6], jnp.ones(ROWS, jnp.int32))
     assert moved.timestep.tolist() == [t + 1 for t in contexts.timestep.tolist()]
     for b in range(ROWS):
-        latent = world_model.encode(new, observation[b, 6], config=config)
-        alone = step.observe(
+        latent = flax_model.encode(new, observation[b, 6], config=config)
+        alone = one_row.observe(
             new, windows.init(config.window), latent, moved.timestep[b], config=config
         )
         chex.assert_trees_all_close(row(moved.window, b), alone, atol=ATOL)
@@ -194,8 +193,7 @@ def test_a_store_forgets_and_brings_the_newest_roots_back():
 
 def replay_latents(params, config, contexts, steps):
     """The same steps by carried windows."""
-    correction = world_model.slide_correction(params, config=config)
-    push = jax.jit(jax.vmap(functools.partial(step.root_step, params, correction, config=config)))
+    push = jax.jit(jax.vmap(functools.partial(one_row.root_step, params, config=config)))
     window = contexts.window
     for t in steps:
         action = jnp.full(2, t % 3 if t else -1)

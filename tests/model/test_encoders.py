@@ -2,15 +2,17 @@
 
 import dataclasses
 
+import flax_model
 import jax
 import jax.numpy as jnp
 import numpy as np
+import one_row
 import pytest
 
 from kvjax import lightzero
 from kvjax.config import WorldModelConfig
 from kvjax.lightzero.checkpoint.reading import read
-from kvjax.model import checkpoint, step, world_model
+from kvjax.model import checkpoint, step
 from kvjax.model.checkpoint import Checkpoint
 from kvjax.ops import window as windows
 from kvjax.tools import cli
@@ -60,7 +62,7 @@ def models():
 
 
 def encode(config, params, observation):
-    return jax.jit(jax.vmap(lambda x: world_model.encode(params, x, config=config)))(observation)
+    return jax.jit(jax.vmap(lambda x: flax_model.encode(params, x, config=config)))(observation)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -88,12 +90,10 @@ def test_a_state_dict_loads_and_answers_the_first_step(models, shape):
         out = model.initial_inference(observed, [-1] * 3, observed, np.zeros(3, np.int64))
     latent = encode(config, params, observation)
     np.testing.assert_allclose(latent, out.latent_state.numpy()[:, 0], atol=1e-5)
-    correction = world_model.slide_correction(params, config=config)
     window = windows.init(config.window)
     for row in range(3):
-        _, policy, value = step.root_step(
+        _, policy, value = one_row.root_step(
             params,
-            correction,
             window,
             jnp.int32(step.FIRST_STEP),
             latent[row],
@@ -186,7 +186,7 @@ def test_a_side_of_84_must_be_said_where_only_tensors_are_given(models):
 def test_another_observation_is_refused(models):
     config, params = lightzero.load(models[SHAPES[0]])
     with pytest.raises(ValueError, match="observation must have shape"):
-        world_model.encode(params, jnp.zeros(SHAPES[1]), config=config)
+        one_row.encode(params, jnp.zeros(SHAPES[1]), config=config)
 
 
 def renamed(state, old, new):

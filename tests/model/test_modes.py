@@ -3,15 +3,17 @@
 import dataclasses
 import functools
 
+import flax_model
 import jax
 import jax.numpy as jnp
 import numpy as np
+import one_row
 import oracle
 import pytest
 from conftest import SMALL, random_params, with_mode
 
 from kvjax.config import WINDOW_MODES
-from kvjax.model import step, world_model
+from kvjax.model import modes, step
 from kvjax.ops import position
 from kvjax.ops import window as windows
 
@@ -25,8 +27,7 @@ def play(config, params, steps, seed=0, dtype=np.float32):
     rng = np.random.default_rng(seed)
     actions = rng.integers(config.num_actions, size=steps)
     latents = rng.normal(size=(steps, config.embed_dim)).astype(dtype)
-    correction = world_model.slide_correction(params, config=config)
-    push = jax.jit(functools.partial(step.root_step, params, correction, config=config))
+    push = jax.jit(functools.partial(one_row.root_step, params, config=config))
     window, out = windows.init(config.window), []
     for t in range(steps):
         action = np.int32(actions[t - 1] if t else step.FIRST_STEP)
@@ -108,7 +109,7 @@ def test_sequence_equals_the_plain_forward(mode, layout):
     tokens = rng.normal(size=(6, config.embed_dim)).astype(np.float32)
     positions = np.array([0, 1, 3, 4, 5, 7], np.int32)
     sees = np.tril(rng.random((6, 6)) < 0.5) | np.eye(6, dtype=bool)
-    hidden, kv = world_model.sequence(
+    hidden, kv = flax_model.sequence(
         params, tokens, positions, sees & ~np.eye(6, dtype=bool), config=config
     )
     expected = oracle.forward_with_kv(oracle.as_float64(params), tokens, config, positions, sees)
@@ -121,11 +122,11 @@ def test_positions_of_the_reference():
     lightzero, consistent = (with_mode(SMALL, mode) for mode in ROTARY)
     t, d = jnp.int32(1), jnp.int32(1)
     for config in (lightzero, consistent):
-        assert [int(x) for x in step.token_positions(config, t)] == [1, 2]
-    assert [int(x) for x in step.token_positions(lightzero, t, d)] == [5, 6]
-    assert [int(x) for x in step.token_positions(consistent, t, d)] == [3, 4]
-    assert [int(x) for x in step.token_positions(lightzero, t, d + 3)] == [11, 12]
-    assert step.token_positions(SMALL, t, d) == (None, None)
+        assert [int(x) for x in modes.token_positions(config, t)] == [1, 2]
+    assert [int(x) for x in modes.token_positions(lightzero, t, d)] == [5, 6]
+    assert [int(x) for x in modes.token_positions(consistent, t, d)] == [3, 4]
+    assert [int(x) for x in modes.token_positions(lightzero, t, d + 3)] == [11, 12]
+    assert modes.token_positions(SMALL, t, d) == (None, None)
 
 
 @pytest.mark.parametrize("place", [0, 5, 8191, 8192, 100_001])

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import flax_model
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +11,7 @@ import oracle
 import pytest
 from conftest import SMALL, random_params, with_mode
 
-from kvjax.model import rollout, step, world_model
+from kvjax.model import modes, rollout
 from kvjax.ops import window as windows
 
 # These programs run once: the time goes into compiling them.
@@ -22,7 +23,7 @@ PREFIX, STEPS = 1, 6  # the window of 8 slides at the third imagined step and at
 def cached(params, config, actions, latents):
     """All predictions from one observation on, by windows."""
     empty, start = windows.init(config.window), jnp.int32(0)
-    window = step.observe(params, empty, latents[0], start, config=config)
+    window = flax_model.observe(params, empty, latents[0], start, config=config)
     imagined = jnp.asarray(actions[PREFIX - 1 :])
     return rollout(params, window, imagined, PREFIX - 1, config=config)[1]
 
@@ -38,7 +39,7 @@ def views(config):
     for push in range(total):
         t = (push + 1) // 2
         root, depth = min(t, PREFIX - 1), max(t - PREFIX + 1, 0)
-        places = step.token_positions(config, jnp.int32(root), jnp.int32(depth))
+        places = modes.token_positions(config, jnp.int32(root), jnp.int32(depth))
         history.push(None, 0 if places[0] is None else int(places[1 - push % 2]))
         positions, sees = np.zeros(total, np.int32), np.zeros((total, total), bool)
         if config.is_rotary:
@@ -58,7 +59,7 @@ def uncached(params, config, actions, latents):
     """The same from a list of tokens, with a full forward pass at each push and no cache."""
     with jax.ensure_compile_time_eval():
         positions, sees = views(config)
-    embed = functools.partial(world_model.embed_action, params, config=config)
+    embed = functools.partial(flax_model.embed_action, params, config=config)
     tokens = jnp.zeros((len(positions), config.embed_dim), config.dtype)
     for t in range(PREFIX):
         tokens = tokens.at[2 * t].set(latents[t])
@@ -66,7 +67,7 @@ def uncached(params, config, actions, latents):
 
     def push(tokens, index, token):
         tokens = tokens.at[index].set(token)
-        hidden, _ = world_model.sequence(
+        hidden, _ = flax_model.sequence(
             params, tokens, positions[index], sees[index], config=config
         )
         return tokens, hidden[index]
@@ -74,9 +75,9 @@ def uncached(params, config, actions, latents):
     def imagine(tokens, x):
         index, action = x
         tokens, hidden = push(tokens, index, embed(action))
-        reward, latent = world_model.at_action(params, hidden, config=config)
+        reward, latent = flax_model.read_action(params, hidden, config=config)
         tokens, hidden = push(tokens, index + 1, latent)
-        policy, value = world_model.at_observation(params, hidden, config=config)
+        policy, value = flax_model.read_observation(params, hidden, config=config)
         return tokens, (latent, reward, policy, value)
 
     first = 2 * PREFIX - 1
@@ -150,7 +151,7 @@ def test_a_corrected_window_has_gradients_of_its_own():
 def test_checkpointing_and_batching_change_nothing(mode):
     config, params, actions, latents = example(mode, "float32")
     window = windows.init(config.window)
-    window = step.observe(params, window, latents[0], jnp.int32(0), config=config)
+    window = flax_model.observe(params, window, latents[0], jnp.int32(0), config=config)
     actions = jnp.asarray(actions)
 
     def loss(params, play):

@@ -4,15 +4,17 @@ import dataclasses
 import functools
 
 import chex
+import flax_model
 import jax
 import jax.numpy as jnp
 import numpy as np
+import one_row
 import oracle
 import pytest
 from conftest import SMALL, random_params
 
 from kvjax.config import WorldModelConfig
-from kvjax.model import step, world_model
+from kvjax.model import step
 from kvjax.ops import window as windows
 
 MAIN = dataclasses.replace(SMALL, layout="main", encoder_norm="layernorm", latent_norm="layernorm")
@@ -22,13 +24,12 @@ ATOL = 2e-5
 
 def play(config, params, steps, actions, latents):
     """Real steps by cache: windows and root predictions of one row."""
-    correction = world_model.slide_correction(params, config=config)
     window = windows.init(config.window)
     out = []
     for t in range(steps):
         action = jnp.int32(actions[t - 1] if t else step.FIRST_STEP)
-        window, policy, value = step.root_step(
-            params, correction, window, action, latents[t], t, config=config
+        window, policy, value = one_row.root_step(
+            params, window, action, latents[t], t, config=config
         )
         out.append((window, policy, value))
     return out
@@ -73,8 +74,7 @@ def test_imagined_step_equals_full_forward(config):
     reference = oracle.as_float64(params)
     actions, latents = episode(config, steps=2)
     window = play(config, params, 2, actions, latents)[-1][0]
-    correction = world_model.slide_correction(params, config=config)
-    _, out = step.recurrent_step(params, correction, window, jnp.int32(1), 1, 1, config=config)
+    _, out = one_row.recurrent_step(params, window, jnp.int32(1), 1, 1, config=config)
 
     action_token = reference["params"]["action_embedding"]["embedding"][1]
     tokens = np.concatenate([full_tokens(params, actions, latents), action_token[None]])
@@ -98,14 +98,14 @@ def test_slide_adds_the_projected_difference_of_positions():
     params = random_params(config)
     reference = oracle.as_float64(params)["params"]
     actions, latents = episode(config, steps=4)
-    correction = world_model.slide_correction(params, config=config)
+    correction = flax_model.slide_correction(params, config=config)
     window = play(config, params, 3, actions, latents)[-1][0]
     full = window
     for token in (
-        world_model.embed_action(params, jnp.int32(actions[2]), config=config),
+        flax_model.embed_action(params, jnp.int32(actions[2]), config=config),
         latents[3],
     ):
-        _, kv = world_model.token_step(params, token, full, config=config)
+        _, kv = flax_model.token_step(params, token, full, config=config)
         full = windows.append(full, kv)
     slid = windows.slide(full, correction)
     table = reference["position_embedding"]["embedding"]
@@ -122,9 +122,8 @@ def test_slide_adds_the_projected_difference_of_positions():
 @pytest.mark.parametrize("jit", [True, False])
 def test_batch_row_equals_row_alone_at_unequal_lengths(config, jit):
     params = random_params(config)
-    correction = world_model.slide_correction(params, config=config)
-    imagine = functools.partial(step.recurrent_step, params, correction, config=config)
-    push = functools.partial(step.root_step, params, correction, config=config)
+    imagine = functools.partial(one_row.recurrent_step, params, config=config)
+    push = functools.partial(one_row.root_step, params, config=config)
     maybe_jit = jax.jit if jit else lambda f: f
     rows = []
     for steps in (1, 2, 3, 4):
@@ -149,10 +148,9 @@ def test_batch_row_equals_row_alone_at_unequal_lengths(config, jit):
 def test_restart_forgets_the_past_exactly():
     params = random_params(SMALL)
     actions, latents = episode(SMALL, 4)
-    correction = world_model.slide_correction(params, config=SMALL)
     used = play(SMALL, params, 3, actions, latents)[-1][0]
     fresh = windows.init(SMALL.window)
-    restart = functools.partial(step.root_step, params, correction, config=SMALL)
+    restart = functools.partial(one_row.root_step, params, config=SMALL)
     action = jnp.int32(step.FIRST_STEP)
     chex.assert_trees_all_equal(
         restart(used, action, latents[3], 0), restart(fresh, action, latents[3], 0)
@@ -173,14 +171,14 @@ def test_encoder(config):
         latent = oracle.simnorm(latent, config.simnorm_group)
     else:
         latent = oracle.layer_norm(latent, encoder["final"]["norm"])
-    out = world_model.encode(params, jnp.asarray(observation, jnp.float32), config=config)
+    out = flax_model.encode(params, jnp.asarray(observation, jnp.float32), config=config)
     np.testing.assert_allclose(out, latent, atol=ATOL)
 
 
 def test_model_without_encoder_takes_latents():
     config = dataclasses.replace(SMALL, observation_size=None)
     latent = jnp.arange(16.0)
-    out = world_model.encode(random_params(config), latent, config=config)
+    out = flax_model.encode(random_params(config), latent, config=config)
     chex.assert_trees_all_equal(out, latent)
 
 

@@ -419,6 +419,7 @@ def test_invariants_notice_damage(damage):
     assert not all(bool(holds) for holds in pools.check_invariants(damage(pool)).values())
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("num_slots", [2000, 20_000])
 def test_add_and_find_copy_no_table(num_slots):
     entry = jnp.zeros((5, 2, 2, 2, 32))

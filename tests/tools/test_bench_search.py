@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import SMALL, random_params
 
-from kvjax.model import fused
+from kvjax.model import unizero
 from kvjax.tools.bench import floor, search, timing
 
 TINY = search.Case(embed=16, layers=2, heads=2, context=8, envs=2, simulations=3, repeats=1)
@@ -20,10 +20,11 @@ def no_lightzero(monkeypatch):
     monkeypatch.setattr(search.lightzero_020, "available", lambda: False)
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("layers", [1, 2])
 def test_every_product_of_a_simulation_is_in_the_floor(layers):
     config = dataclasses.replace(SMALL, num_layers=layers)
-    folded = fused.fold(random_params(config), config=config)
+    folded = unizero.fold(random_params(config), config=config)
     text = floor.compiled(folded, jnp.ones((16, 4)), simulations=5).as_text()
     products = re.findall(r"f32\[(\d+),4\]\S* dot\(", text)
     assert floor.num_products(layers) == len(products) == 8 * layers + 6
@@ -34,7 +35,7 @@ def test_every_product_of_a_simulation_is_in_the_floor(layers):
 
 def test_the_floor_is_a_chain():
     """Every weight matters to the result, and it stays finite."""
-    folded = fused.fold(random_params(SMALL), config=SMALL)
+    folded = unizero.fold(random_params(SMALL), config=SMALL)
     start = jnp.asarray(np.random.default_rng(0).normal(size=(16, 4)), jnp.float32)
     run = floor.compiled(folded, start, simulations=1)
     plain = run(folded, start)
@@ -133,6 +134,7 @@ def test_no_such_row():
         search.run(only="embed=6")
 
 
+@pytest.mark.optimised
 def test_windows_are_full_and_memory_is_small(no_lightzero):
     """A long context: whole windows per node take many times what own tokens take."""
     case = dataclasses.replace(TINY, embed=64, heads=8, context=64, simulations=200)

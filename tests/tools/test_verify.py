@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kvjax.lightzero.traces import trace as traces
-from kvjax.model import step, world_model
+from kvjax.model import modes, step
 from kvjax.ops import window as windows
 from kvjax.ops.window import Window
 from kvjax.tools.parity import verify
@@ -63,9 +63,9 @@ def test_a_wrong_length_alone_fails(data, tmp_path):
 
 
 def break_correction(monkeypatch):
-    exact = world_model.slide_correction
+    exact = modes.slide_correction
     monkeypatch.setattr(
-        world_model, "slide_correction", lambda params, config: 0.9 * exact(params, config=config)
+        modes, "slide_correction", lambda model, config: 0.9 * exact(model, config=config)
     )
 
 
@@ -141,11 +141,11 @@ def test_release_020_needs_its_padding_read(data, monkeypatch):
 
 
 def test_nan_is_a_failure(data, monkeypatch):
-    exact = world_model.slide_correction
+    exact = modes.slide_correction
     monkeypatch.setattr(
-        world_model,
+        modes,
         "slide_correction",
-        lambda params, config: jnp.nan * exact(params, config=config),
+        lambda model, config: jnp.nan * exact(model, config=config),
     )
     report = verify.verify(data / TRACES[0])
     assert not report.ok

@@ -14,9 +14,10 @@ import numpy as np
 
 from kvjax import lightzero
 from kvjax.config import SearchConfig
-from kvjax.mcts.search import prepare, search
+from kvjax.mcts.search import search
 from kvjax.model.contexts import init_contexts
 from kvjax.model.step import FIRST_STEP
+from kvjax.model.unizero import prepare
 from kvjax.tools.bench import lightzero_020, timing
 from kvjax.tools.bench.case import Case, choose, lightzero_model, observations
 

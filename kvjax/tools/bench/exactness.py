@@ -24,9 +24,9 @@ import numpy as np
 
 from kvjax.base import files
 from kvjax.config import WINDOW_MODES, WindowMode, WorldModelConfig
-from kvjax.model import checkpoint, step, world_model
-from kvjax.model.world_model import Params
-from kvjax.ops import window as windows
+from kvjax.model import checkpoint, step, unizero, world_model
+from kvjax.model.contexts import init_contexts
+from kvjax.model.world_model import Params, WorldModel
 from kvjax.ops.window import Window
 from kvjax.tools.bench import timing
 
@@ -123,7 +123,8 @@ def make_case(weights: str, mode: WindowMode, steps: int = STEPS) -> Case:
     # A pole that drifts: positions and angles in the range that the agents saw.
     drift = np.cumsum(rng.normal(size=(steps, 4)), axis=0) / np.sqrt(steps)
     observations = jnp.asarray(drift * [1.0, 0.0, 1.0, 0.0], jnp.float32)
-    latents = jax.vmap(functools.partial(world_model.encode, params, config=config))(observations)
+    model = unizero.fold(params, config=config)
+    latents = unizero.encode(model, observations, config=config)
     actions = rng.integers(config.num_actions, size=steps - 1).astype(np.int32)
     return Case(config, params, actions, np.asarray(latents))
 
@@ -150,9 +151,8 @@ class History:
     def _make_room(self, window: list[int]) -> list[int]:
         if len(window) < self.config.window.full_length:
             return window
-        if self.config.window_mode == "reset":
-            return window[-1:]
-        return window[-self.config.window.kept_length :]
+        carry = self.config.mode.carry
+        return window[-(self.config.window.kept_length if carry is None else carry) :]
 
     @property
     def overflowed(self) -> Array:
@@ -163,44 +163,48 @@ class History:
 def by_cache(case: Case) -> Outputs:
     """The episode step by step, as a search's root windows are made."""
     config, params = case.config, case.params
-    correction = world_model.slide_correction(params, config=config)
-    push = functools.partial(step.root_step, params, correction, config=config)
     acted = np.concatenate([[step.FIRST_STEP], case.actions]).astype(np.int32)
-
-    def one_step(window: Window, x: Any) -> Any:
-        window, policy, value = push(window, *x)
-        return window, (window, policy, value)
 
     @jax.jit
     def episode() -> Any:
-        timesteps = jnp.arange(len(acted), dtype=jnp.int32)
-        start = windows.init(config.window)
-        return jax.lax.scan(one_step, start, (acted, case.latents, timesteps))[1]
+        model = unizero.fold(params, config=config)
 
-    window, policy, value = jax.tree.map(np.asarray, episode())
+        def one_step(window: Window, x: Any) -> Any:
+            window, policy, value = step.root_step(model, window, *x, config=config)
+            return window, (window, policy, value)
+
+        timesteps = jnp.arange(len(acted), dtype=jnp.int32)
+        start = init_contexts(config, 1).window
+        history = jax.tree.map(lambda x: x[:, None], (acted, case.latents, timesteps))
+        return jax.lax.scan(one_step, start, history)[1]
+
+    window, policy, value = jax.tree.map(lambda x: np.asarray(x)[:, 0], episode())
     kept = tuple(kv[:length] for kv, length in zip(window.kv, window.length, strict=True))
     return Outputs(policy, value, kept)
 
 
 def _tokens(case: Case) -> jax.Array:
     """Raw tokens [N, E]: o0 a0 o1 a1 .."""
-    embed = functools.partial(world_model.embed_action, case.params, config=case.config)
-    actions = jax.vmap(embed)(jnp.asarray(case.actions))
+    actions = jax.vmap(_published(case, "embed_action"))(jnp.asarray(case.actions))
     pairs = jnp.stack([case.latents[:-1], actions], axis=1).reshape(-1, case.config.embed_dim)
     return jnp.concatenate([pairs, case.latents[-1:]])
 
 
+def _published(case: Case, method: str) -> Callable[..., Any]:
+    """The model's formulas as they were published: the Flax module's, not folded, no cache."""
+    return functools.partial(WorldModel(case.config).apply, case.params, method=method)
+
+
 def _heads(case: Case, hidden: jax.Array) -> tuple[Array, Array]:
-    heads = functools.partial(world_model.at_observation, case.params, config=case.config)
-    policy, value = jax.vmap(heads)(hidden)
+    policy, value = jax.vmap(_published(case, "at_observation"))(hidden)
     return np.asarray(policy), np.asarray(value)
 
 
 def by_history(case: Case, history: History) -> Outputs:
     """One full pass over all tokens of the episode."""
     positions = jnp.asarray(history.positions, jnp.int32)
-    whole = jax.jit(functools.partial(world_model.sequence, config=case.config))
-    hidden, kv = whole(case.params, _tokens(case), positions, jnp.asarray(history.earlier))
+    whole = jax.jit(_published(case, "sequence"))
+    hidden, kv = whole(_tokens(case), positions, jnp.asarray(history.earlier))
     return Outputs(*_heads(case, hidden[::2]), tuple(np.asarray(kv)[w] for w in history.kept))
 
 
@@ -213,7 +217,7 @@ def by_window(case: Case, history: History) -> Outputs:
     def passes(members: jax.Array) -> Any:
         slots = jnp.arange(members.shape[0])
         positions = members if case.config.is_rotary else slots
-        return world_model.sequence(case.params, tokens[members], positions, config=case.config)
+        return _published(case, "sequence")(tokens[members], positions)
 
     def padded(window: list[int]) -> list[int]:
         """Behind its last token, where the tokens before it do not see it."""

@@ -17,27 +17,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvjax.model.fused import Block, Folded, HeadPair
+from kvjax.model.unizero import Block, HeadPair, UniZero
 from kvjax.tools.bench.timing import finished
 
 _SMALLEST = 1e-6
 
 
-def make(folded: Folded, *, rows: int, simulations: int) -> Callable[[], None]:
+def make(model: UniZero, *, rows: int, simulations: int) -> Callable[[], None]:
     """A call that multiplies as often as a search of `rows` environments does, and blocks."""
-    width = folded.actions.shape[1]
+    width = model.actions.shape[1]
     start = jnp.asarray(np.random.default_rng(0).normal(size=(width, rows)), jnp.float32)
-    chain = compiled(folded, start, simulations=simulations)
-    return lambda: _block(chain(folded, start))
+    chain = compiled(model, start, simulations=simulations)
+    return lambda: _block(chain(model, start))
 
 
 def _block(x: Any) -> None:
     finished(x)
 
 
-def compiled(folded: Folded, start: jax.Array, *, simulations: int) -> Any:
+def compiled(model: UniZero, start: jax.Array, *, simulations: int) -> Any:
     """The compiled chain; `as_text` shows its products."""
-    return _chain.lower(folded, start, simulations=simulations).compile()
+    return _chain.lower(model, start, simulations=simulations).compile()
 
 
 def num_products(layers: int) -> int:
@@ -47,12 +47,12 @@ def num_products(layers: int) -> int:
 
 
 @functools.partial(jax.jit, static_argnames="simulations")
-def _chain(folded: Folded, start: jax.Array, *, simulations: int) -> jax.Array:
+def _chain(model: UniZero, start: jax.Array, *, simulations: int) -> jax.Array:
     """Streams [E, B] after all simulations."""
 
     def simulate(_: jax.Array, x: jax.Array) -> jax.Array:
-        for heads in (folded.at_action, folded.at_observation):
-            for block in folded.blocks:
+        for heads in (model.at_action, model.at_observation):
+            for block in model.blocks:
                 x = _layer(block, x)
             x = _heads(heads, x)
         return x

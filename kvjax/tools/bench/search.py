@@ -15,10 +15,11 @@ import numpy as np
 
 from kvjax import lightzero
 from kvjax.config import BLOCK, SearchConfig, Tree, WorldModelConfig
-from kvjax.mcts.search import compiled, prepare, search
+from kvjax.mcts.search import compiled, search
 from kvjax.model import world_model
 from kvjax.model.contexts import init_contexts
 from kvjax.model.step import FIRST_STEP
+from kvjax.model.unizero import prepare
 from kvjax.model.world_model import Params
 from kvjax.tools.bench import floor, lightzero_020, timing
 from kvjax.tools.bench.case import (
@@ -124,7 +125,7 @@ def _row(case: Case, progress: Callable[[str, int], None]) -> dict[str, Any]:
     config, params = _model(case, model)
     searches = {name: _Search(case, config, params, tree) for name, tree in _TREES.items()}
     candidates: dict[str, Callable[[], None]] = {k: one.step for k, one in searches.items()}
-    folded = searches["kvjax"].prepared.folded
+    folded = searches["kvjax"].prepared
     candidates["floor"] = floor.make(folded, rows=case.envs, simulations=case.simulations)
     if model is not None:
         candidates["lightzero"] = _lightzero_search(case, model)

@@ -14,7 +14,8 @@ import numpy as np
 
 from kvjax.config import SearchConfig, WorldModelConfig
 from kvjax.mcts.inference import Inference, initial_inference, recurrent_inference
-from kvjax.model import world_model
+from kvjax.model import unizero
+from kvjax.model.unizero import UniZero
 from kvjax.model.world_model import Params
 from kvjax.ops import support
 from kvjax.store import Store
@@ -24,9 +25,9 @@ Array = np.ndarray[Any, Any]
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
-def encode(params: Params, observation: Array, *, config: WorldModelConfig) -> jax.Array:
+def encode(params: Params | UniZero, observation: Any, *, config: WorldModelConfig) -> jax.Array:
     """Observations [B, observation_size] to latents [B, E]."""
-    return jax.vmap(lambda x: world_model.encode(params, x, config=config))(observation)
+    return unizero.encode(unizero.fold(params, config=config), observation, config=config)
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
@@ -36,7 +37,7 @@ def _scalars(out: Inference, *, config: WorldModelConfig) -> tuple[jax.Array, ja
 
 
 def host_search(
-    params: Params,
+    params: Params | UniZero,
     store: Store,
     last_latent: Array,
     observation: Array,

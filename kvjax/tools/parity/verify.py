@@ -20,9 +20,10 @@ from kvjax import store as stores
 from kvjax.lightzero.traces import archive
 from kvjax.lightzero.traces import trace as traces
 from kvjax.mcts.inference import Inference, initial_inference, recurrent_inference
-from kvjax.model import step, world_model
+from kvjax.model import step
 from kvjax.model.contexts import init_contexts
 from kvjax.model.step import Prediction
+from kvjax.model.unizero import UniZero, prepare
 from kvjax.ops.window import Window
 from kvjax.tools.parity.verify_episodes import EpisodeReport, verify_episodes
 from kvjax.tools.parity.verify_trees import TreeReport, verify_trees
@@ -132,17 +133,12 @@ def _max_abs_error(ours: Array, theirs: Array) -> float:
 
 def _replay_tree(trace: traces.Trace) -> Iterator[Comparison]:
     config = trace.config
-    correction = world_model.slide_correction(trace.params, config=config)
-    root_step = jax.jit(
-        jax.vmap(functools.partial(step.root_step, config=config), in_axes=(None, None, 0, 0, 0, 0))
-    )
-    imagine = _recurrent_step(trace)
+    model, imagine = prepare(trace.params, config=config), _recurrent_step(trace)
+    root_step = jax.jit(functools.partial(step.root_step, config=config))
     window = init_contexts(config, trace.num_envs).window
     for recorded in trace.steps():
         action, timestep = (recorded[name].astype(np.int32) for name in ("action", "timestep"))
-        window, policy, value = root_step(
-            trace.params, correction, window, action, recorded["latent"], timestep
-        )
+        window, policy, value = root_step(model, window, action, recorded["latent"], timestep)
         yield from _compare_root(window, policy, value, recorded)
         nodes = [window]
         for index in range(trace.num_simulations):
@@ -150,23 +146,20 @@ def _replay_tree(trace: traces.Trace) -> Iterator[Comparison]:
             action, depth = (
                 recorded[name][index].astype(np.int32) for name in ("sim_action", "depth")
             )
-            child, prediction = imagine(trace.params, correction, parents, action, depth, timestep)
+            child, prediction = imagine(model, parents, action, depth, timestep)
             nodes.append(child)
             yield from _compare_prediction(prediction, recorded, index)
 
 
 def _recurrent_step(trace: traces.Trace) -> Any:
     """The batched recurrent step; for release 0.2.0 each row reads the padding of its batch."""
-    one_item = functools.partial(step.recurrent_step, config=trace.config)
 
     @jax.jit
-    def batched(params: Any, correction: jax.Array | None, window: Window, *rows: Any) -> Any:
+    def imagine(model: UniZero, window: Window, *rows: Any) -> Any:
         pads = jnp.max(window.length) - window.length if trace.pads_are_read else None
-        return jax.vmap(lambda pad, *row: one_item(params, correction, *row, zero_keys=pad))(
-            pads, window, *rows
-        )
+        return step.recurrent_step(model, window, *rows, config=trace.config, zero_keys=pads)
 
-    return batched
+    return imagine
 
 
 def _gather(nodes: list[Window], parent: Array) -> Window:

@@ -13,17 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from kvjax import store as stores
 from kvjax.config import SearchConfig
 from kvjax.lightzero.traces import npz
 from kvjax.lightzero.traces.search_trace import Episode, EpisodeTrace, read_episodes
-from kvjax.mcts.search import prepare, search
-from kvjax.model import checkpoint, step, world_model
+from kvjax.mcts.search import search
+from kvjax.model import checkpoint, step
 from kvjax.model.checkpoint import Checkpoint
 from kvjax.model.contexts import init_contexts
+from kvjax.model.unizero import prepare
 from kvjax.ops import support
 from kvjax.tools.agent import read_agent
 from kvjax.tools.parity import near_ties, reference_tree
@@ -220,23 +220,24 @@ def _begin(
 ) -> tuple[reference_tree.Tree, near_ties.Network]:
     """The host's tree of one step, and the network behind whole windows: slow, and for one step."""
     config, params = player.config, player.params
-    correction = world_model.slide_correction(params, config=config)
-    push = functools.partial(_root_step, params, correction, config=config)
-    imagine = functools.partial(_recurrent_step, params, correction, config=config)
-    window = jax.tree.map(lambda x: x[0], init_contexts(config, 1).window)
+    model = prepare(params, config=config)
+    push = functools.partial(_root_step, model, config=config)
+    imagine = functools.partial(_recurrent_step, model, config=config)
+    window = init_contexts(config, 1).window
     latents = encode(params, episode.observations[: t + 1], config=config)
     for s, latent in enumerate(latents):
-        window, policy, _ = push(window, jnp.int32(_last_action(episode, s)[0]), latent, s)
+        window, policy, _ = push(window, _last_action(episode, s), latent[None], np.array([s]))
     nodes, depths = [window], [0]
 
     def network(node: int, action: int) -> tuple[float, float, Array]:
         depths.append(depths[node] + 1)
-        child, answer = imagine(nodes[node], jnp.int32(action), depths[-1], t)
+        row = (np.array([x], np.int32) for x in (action, depths[-1], t))
+        child, answer = imagine(nodes[node], *row)
         nodes.append(child)
         reward, value = (
-            support.to_scalar(x, config.support) for x in (answer.reward, answer.value)
+            support.to_scalar(x[0], config.support) for x in (answer.reward, answer.value)
         )
-        return float(reward), float(value), np.asarray(answer.policy)
+        return float(reward), float(value), np.asarray(answer.policy[0])
 
     legal = np.ones(config.num_actions, bool)
-    return reference_tree.init(np.asarray(policy), legal, search_config), network
+    return reference_tree.init(np.asarray(policy[0]), legal, search_config), network

@@ -1,12 +1,12 @@
-"""The world model as a search wants it: weights folded once, activations feature-major.
+"""UniZero's transformer as everything here runs it: weights folded once, activations feature-major.
 
-Folding moves everything out of the loop that does not depend on the activations. The matrices that
-write the residual stream keep it centred; LayerNorm's scale and shift sit in the matrix that
-follows, and what is left of it is one sum of squares, applied after the product. Query, key and
-value are one matrix, and the two heads that read the same token are one pair.
+Folding moves out of every loop what does not depend on the activations. The matrices that write
+the residual stream keep it centred; LayerNorm's scale and shift sit in the matrix that follows, and
+what is left of it is one sum of squares, applied after the product. Query, key and value are one
+matrix, and the two heads that read the same token are one pair.
 
 Rows are batched by hand, because `W[out, in] @ x[in, B]` is what a CPU multiplies fastest when B is
-small.
+small. The model reads keys and values and returns a token's own; it never writes a cache.
 
 Shapes: B rows, E embedding size, L layers, H heads, D head size, A actions, R support bins, T slots
 of a window, K hidden units of a head.
@@ -21,25 +21,10 @@ import jax.numpy as jnp
 
 from kvjax.base.values import require_shape
 from kvjax.config import WorldModelConfig
-from kvjax.model import world_model
+from kvjax.model.checks import validate_model
 from kvjax.model.encoders import EPSILON
-from kvjax.model.world_model import Params
+from kvjax.model.world_model import Params, WorldModel
 from kvjax.ops import position
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Prepared:
-    """A world model's variables and what a search needs of them, see `kvjax.prepare`.
-
-    Attributes:
-      params: the variables.
-      folded: `kvjax.model.fused.Folded`.
-    """
-
-    params: Params
-    folded: Any
-
 
 _UNROLLED = 32
 """The largest SimNorm group that is written out, which is faster; it takes time to compile."""
@@ -83,9 +68,14 @@ class HeadPair:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Folded:
-    """All that a simulation needs of a world model."""
+class UniZero:
+    """A world model's variables, and what the steps of a search read of them.
 
+    Attributes:
+      params: the variables, of which the encoder is read.
+    """
+
+    params: Params
     blocks: tuple[Block, ...]
     final_norm: Linear | None  # [E] scale and shift; None where the heads hold them
     at_action: HeadPair  # reward, latent
@@ -95,19 +85,56 @@ class Folded:
     positions: jax.Array | None  # [C, E] centred; None if positions are rotary
     projected: jax.Array | None  # [C, L, 2, H, D], what each position adds to keys and values
 
+    @property
+    def dtype(self) -> Any:
+        """In which the model computes."""
+        return jnp.promote_types(self.blocks[0].qkv.weight.dtype, jnp.float32)
 
-def fold(params: Params, *, config: WorldModelConfig) -> Folded:
-    """Prepares parameters for a search; do it again whenever they change."""
+
+def prepare(params: Params, *, config: WorldModelConfig) -> UniZero:
+    """Folds a model's variables once, instead of in every call that is given variables.
+
+    Worth it for wide models: their [E, 4E] matrices are then rewritten once. Prepare again whenever
+    the variables change.
+
+    Raises:
+      TypeError, ValueError: the variables are not a model's of this configuration.
+    """
+    validate_model(params, config)
+    model: UniZero = _prepare(params, config=config)
+    return model
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
+def _prepare(params: Params, *, config: WorldModelConfig) -> UniZero:
+    return fold(params, config=config)
+
+
+def validate(params: Params | UniZero, config: WorldModelConfig) -> None:
+    """Refuses what is neither a model of this configuration nor its variables."""
+    validate_model(params.params if isinstance(params, UniZero) else params, config)
+
+
+def fold(params: Params | UniZero, *, config: WorldModelConfig) -> UniZero:
+    """The model of these variables; what is one already is handed back."""
+    if isinstance(params, UniZero):
+        return params
     p = params["params"]
+    blocks = [p[f"blocks_{layer}"] for layer in range(config.num_layers)]
     table, projected = None, None
     if not config.is_rotary:
-        table = _centred(world_model.positions(params, config=config), axis=1)
-        projected = world_model.projected_positions(params, config=config)
+        embedding = jnp.asarray(p["position_embedding"]["embedding"])
+        table = position.continue_table(embedding, config.context_length)
+        kernels = [[block["key"]["kernel"], block["value"]["kernel"]] for block in blocks]
+        stacked = jnp.stack([jnp.stack(pair) for pair in kernels])
+        projected = position.project(table, stacked, config.num_heads)
+        table = _centred(table, axis=1)
     heads = {name: p[f"{name}_head"] for name in ("reward", "latent", "policy", "value")}
     final = p["final_norm"]
     latent_norm = p.get("latent_final", {}).get("norm")
-    return Folded(
-        blocks=tuple(_fold_block(p[f"blocks_{i}"], config) for i in range(config.num_layers)),
+    return UniZero(
+        params=params,
+        blocks=tuple(_fold_block(block, config) for block in blocks),
         final_norm=_affine(final) if config.layout == "main" else None,
         at_action=_fold_heads(heads["reward"], heads["latent"], final),
         at_observation=_fold_heads(heads["policy"], heads["value"], final),
@@ -182,7 +209,7 @@ def _apply(layer: Linear, x: jax.Array, scale: jax.Array | float = 1.0) -> jax.A
 
 
 def token_step(
-    folded: Folded,
+    model: UniZero,
     x: jax.Array,
     cached: Cached,
     valid: jax.Array,
@@ -190,6 +217,7 @@ def token_step(
     rotation: jax.Array | None = None,
     *,
     config: WorldModelConfig,
+    zero_keys: jax.Array | None = None,
 ) -> tuple[jax.Array, Fresh]:
     """Runs one token of each row through the transformer.
 
@@ -199,6 +227,8 @@ def token_step(
       valid: [B, T] bool.
       fresh: tokens pushed after the window, as this function returned them.
       rotation: [B, 2, D / 2] of the token, see `kvjax.ops.position.rotation`.
+      zero_keys: [B] int32, extra keys with score 0 and value 0. LightZero 0.2.0 reads its padding
+        that way; for parity with it and for nothing else.
 
     Returns:
       The stream [E, B] behind the last layer, centred and not normalised, and the token's own keys
@@ -208,11 +238,11 @@ def token_step(
     require_shape("valid", valid, (x.shape[1], "T"))
     width, batch = x.shape
     own = []
-    for layer, block in enumerate(folded.blocks):
+    for layer, block in enumerate(model.blocks):
         qkv = _apply(block.qkv, x, _rstd(x)).T.reshape(batch, 3, width)
         qkv = qkv if rotation is None else _rotate(qkv, rotation, config)
         behind = jnp.stack([*(token[layer] for token in fresh), qkv[:, 1:]], axis=1)
-        read = _attend(qkv[:, 0], cached[layer], valid, behind, config.num_heads)
+        read = _attend(qkv[:, 0], cached[layer], valid, behind, config.num_heads, zero_keys)
         x = x + _apply(block.projection, read.T)
         x = x + _apply(block.contract, jax.nn.gelu(_apply(block.expand, x, _rstd(x))))
         own.append(qkv[:, 1:])
@@ -226,7 +256,7 @@ def _rotate(qkv: jax.Array, rotation: jax.Array, config: WorldModelConfig) -> ja
     return jnp.concatenate([turned, qkv[:, 2:]], axis=1)
 
 
-def sequence(folded: Folded, x: jax.Array, *, config: WorldModelConfig) -> Cached:
+def sequence(model: UniZero, x: jax.Array, *, config: WorldModelConfig) -> Cached:
     """Keys and values of whole sequences at positions 0, 1, .., each token reading those before it.
 
     Args:
@@ -235,10 +265,10 @@ def sequence(folded: Folded, x: jax.Array, *, config: WorldModelConfig) -> Cache
     embed_dim, batch, length = x.shape
     heads = (3, config.num_heads, config.window.head_dim, batch, length)
     causal = jnp.tril(jnp.ones((length, length), bool))
-    if folded.positions is not None:
-        x = x + folded.positions[:length].T[:, None]
+    if model.positions is not None:
+        x = x + model.positions[:length].T[:, None]
     x, own = x.reshape(embed_dim, -1), []
-    for block in folded.blocks:
+    for block in model.blocks:
         query, key, value = _apply(block.qkv, x, _rstd(x)).reshape(heads)  # [H, D, B, T] each
         scores = jnp.einsum("hdbq,hdbk->bhqk", query, key)
         weights = jax.nn.softmax(jnp.where(causal[None, None], scores, -jnp.inf), axis=-1)
@@ -258,6 +288,7 @@ def _attend(
     valid: jax.Array,
     fresh: jax.Array,
     heads: int,
+    zero_keys: jax.Array | None,
 ) -> jax.Array:
     """Reads [B, E]: query [B, E] (scaled), cached keys and values [B, T, E], fresh [B, F, 2, E].
 
@@ -269,9 +300,15 @@ def _attend(
     cached_scores = jnp.where(valid[..., None], cached_scores, -jnp.inf)
     fresh_scores = _by_head(query[:, None] * fresh[:, :, 0], heads)
     largest = jnp.maximum(jnp.max(cached_scores, axis=1), jnp.max(fresh_scores, axis=1))[:, None]
+    largest = jax.lax.stop_gradient(largest)
+    if zero_keys is not None:
+        largest = jnp.where(zero_keys[:, None, None] > 0, jnp.maximum(largest, 0.0), largest)
     cached_weights = jnp.exp(cached_scores - largest)
     fresh_weights = jnp.exp(fresh_scores - largest)
     total = jnp.sum(cached_weights, axis=1) + jnp.sum(fresh_weights, axis=1)
+    if zero_keys is not None:
+        padded = zero_keys[:, None].astype(total.dtype) * jnp.exp(-largest[:, 0])
+        total = jnp.where(zero_keys[:, None] > 0, total + padded, total)
     read = jnp.sum(spread(cached_weights) * values, axis=1)
     read = read + jnp.sum(spread(fresh_weights) * fresh[:, :, 1], axis=1)
     return read / spread(total)
@@ -282,12 +319,12 @@ def _by_head(x: jax.Array, heads: int) -> jax.Array:
     return jnp.sum(x.reshape(*x.shape[:-1], heads, -1), axis=-1)
 
 
-def _head_pair(folded: Folded, pair: HeadPair, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _head_pair(model: UniZero, pair: HeadPair, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Both heads' outputs [out, B] of the stream [E, B]."""
-    if folded.final_norm is None:
+    if model.final_norm is None:
         hidden = _apply(pair.hidden, x, _rstd(x))
     else:
-        normed = x * _rstd(x) * folded.final_norm.weight[:, None] + folded.final_norm.bias[:, None]
+        normed = x * _rstd(x) * model.final_norm.weight[:, None] + model.final_norm.bias[:, None]
         centred = _centred(normed, axis=0)
         hidden = _apply(pair.hidden, centred, _rstd(centred))
     halves = hidden.reshape(2, -1, hidden.shape[-1])
@@ -298,19 +335,19 @@ def _head_pair(folded: Folded, pair: HeadPair, x: jax.Array) -> tuple[jax.Array,
     return _apply(pair.first, first), _apply(pair.second, second)
 
 
-def at_action(folded: Folded, x: jax.Array, *, config: WorldModelConfig) -> tuple[Any, Any]:
+def at_action(model: UniZero, x: jax.Array, *, config: WorldModelConfig) -> tuple[Any, Any]:
     """Stream [E, B] of action tokens to reward logits [R, B] and next latents [E, B]."""
-    reward, latent = _head_pair(folded, folded.at_action, x)
-    if folded.latent_norm is None:
+    reward, latent = _head_pair(model, model.at_action, x)
+    if model.latent_norm is None:
         return reward, _simnorm(latent, config.simnorm_group)
     centred = _centred(latent, axis=0)
-    norm = folded.latent_norm
+    norm = model.latent_norm
     return reward, centred * _rstd(centred) * norm.weight[:, None] + norm.bias[:, None]
 
 
-def at_observation(folded: Folded, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+def at_observation(model: UniZero, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Stream [E, B] of observation tokens to policy logits [A, B] and value logits [R, B]."""
-    return _head_pair(folded, folded.at_observation, x)
+    return _head_pair(model, model.at_observation, x)
 
 
 def _simnorm(x: jax.Array, group: int) -> jax.Array:
@@ -321,6 +358,7 @@ def _simnorm(x: jax.Array, group: int) -> jax.Array:
     largest = grouped[:, 0]
     for entry in range(1, group):
         largest = jnp.maximum(largest, grouped[:, entry])
+    largest = jax.lax.stop_gradient(largest)
     exponents = jnp.exp(grouped - largest[:, None])
     total = exponents[:, 0]
     for entry in range(1, group):
@@ -328,16 +366,30 @@ def _simnorm(x: jax.Array, group: int) -> jax.Array:
     return (exponents / total[:, None]).reshape(x.shape)
 
 
-def embed_action(folded: Folded, action: jax.Array) -> jax.Array:
-    """Actions [B] to raw tokens [E, B], centred."""
-    return folded.actions[action].T
+def encode(model: UniZero, observation: jax.Array, *, config: WorldModelConfig) -> jax.Array:
+    """Observations [B, *observation_shape] to latents [B, E]; they are the same without encoder."""
+    require_shape("observation", observation, ("B", *config.observation_shape))
+    if not config.has_encoder:
+        return observation
+    apply = functools.partial(WorldModel(config).apply, model.params, method="encode")
+    return jnp.asarray(jax.vmap(apply)(observation))
+
+
+def raw_action(model: UniZero, action: jax.Array) -> jax.Array:
+    """Actions [B] int32 to raw tokens [B, E]; a latent is a raw token as it is."""
+    return jnp.take(model.params["params"]["action_embedding"]["embedding"], action, axis=0)
+
+
+def embed_action(model: UniZero, action: jax.Array) -> jax.Array:
+    """Actions [B] to tokens [E, B], centred, without positions."""
+    return model.actions[action].T
 
 
 def embed_latent(latent: jax.Array) -> jax.Array:
-    """Latents [E, B] to raw tokens [E, B], centred."""
+    """Latents [E, B] to tokens [E, B], centred, without positions."""
     return _centred(latent, axis=0)
 
 
-def place(folded: Folded, token: jax.Array, slot: jax.Array) -> jax.Array:
-    """Adds learned positions, if there are any, to raw tokens [E, B] in slots [B]."""
-    return token if folded.positions is None else token + folded.positions[slot].T
+def place(model: UniZero, token: jax.Array, slot: jax.Array) -> jax.Array:
+    """Adds learned positions, if there are any, to tokens [E, B] in slots [B]."""
+    return token if model.positions is None else token + model.positions[slot].T

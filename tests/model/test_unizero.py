@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import chex
+import flax_model
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,10 +12,20 @@ import pytest
 from conftest import SMALL, random_params, with_mode
 
 from kvjax.config import WINDOW_MODES
-from kvjax.model import fused, fused_step, world_model
-from kvjax.model.contexts import advance, init_contexts
+from kvjax.model import unizero
+from kvjax.model.contexts import Contexts, advance, init_contexts
+from kvjax.model.step import FIRST_STEP
 
 MAIN = {"layout": "main", "encoder_norm": "layernorm", "latent_norm": "layernorm"}
+
+
+def by_flax(params, contexts, observation, last_action, *, config):
+    """Row by row, unfolded."""
+    latent = jax.vmap(functools.partial(flax_model.encode, params, config=config))(observation)
+    timestep = jnp.where(last_action == FIRST_STEP, 0, contexts.timestep + 1)
+    push = jax.vmap(functools.partial(flax_model.root_step, params, config=config))
+    window, *heads = push(contexts.window, last_action, latent, timestep)
+    return Contexts(window, timestep), *heads
 
 
 @pytest.mark.parametrize("layout", [{}, MAIN], ids=["0.2.0", "main"])
@@ -22,10 +33,9 @@ MAIN = {"layout": "main", "encoder_norm": "layernorm", "latent_norm": "layernorm
 def test_equals_the_model_over_an_episode_with_slides_and_restarts(mode, layout):
     config = dataclasses.replace(with_mode(SMALL, mode), **layout)
     params = random_params(config)
-    correction = world_model.slide_correction(params, config=config)
-    expected_step = jax.jit(functools.partial(advance, params, correction, config=config))
-    folded = fused.fold(params, config=config)
-    step = jax.jit(functools.partial(fused_step.advance, folded, params, config=config))
+    expected_step = jax.jit(functools.partial(by_flax, params, config=config))
+    folded = unizero.fold(params, config=config)
+    step = jax.jit(functools.partial(advance, folded, config=config))
     expected = contexts = init_contexts(config, 3)
     rng = np.random.default_rng(0)
     for index in range(12):
