@@ -4,7 +4,6 @@ Shapes: B environments, A actions.
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -16,6 +15,7 @@ from kvjax.base import loops
 from kvjax.base.values import require
 from kvjax.config import SearchConfig, WorldModelConfig
 from kvjax.mcts.output import Dials, SearchOutput
+from kvjax.mcts.policies import all_finite, choose
 from kvjax.model import step
 from kvjax.model.contexts import Contexts
 from kvjax.model.unizero import UniZero
@@ -24,9 +24,6 @@ from kvjax.ops.window import Window
 
 _NEVER = float(np.finfo(np.float32).min)
 """Policy logit of an illegal action."""
-
-_COLDEST = float(np.finfo(np.float32).tiny)
-"""Temperatures below are 0 to a processor that knows no smaller numbers."""
 
 _MIN_RANGE = 0.01
 """Q values closer together than this are not blown up to a range of 1 (LightZero's constant)."""
@@ -112,12 +109,6 @@ def run(
     )
 
 
-def all_finite(*arrays: jax.Array) -> jax.Array:
-    """Rows [B] in which all arrays [B] or [B, A] are finite."""
-    rows = [jnp.isfinite(x).reshape(x.shape[0], -1).all(axis=1) for x in arrays]
-    return functools.reduce(jnp.logical_and, rows)
-
-
 def _mean_depth(tree: Any) -> jax.Array:
     """Mean depth of the nodes that simulations made: [B]."""
 
@@ -182,41 +173,3 @@ def _normalise_over_tree(tree: Any, node: jax.Array) -> jax.Array:
     mean = jnp.where(at_root, total / count, (tree.node_values[node] + total) / (count + 1))
     q = jnp.where(tried, edges[node], mean)
     return jnp.clip((q - low) / jnp.maximum(high - low, _MIN_RANGE), 0.0, 1.0)
-
-
-def choose(
-    rng: jax.Array, visit_counts: jax.Array, legal: jax.Array, temperature: jax.Array | float
-) -> jax.Array:
-    """The most visited legal action, the first on ties; or a sample of the visits: [B] int32.
-
-    At a temperature above 0 an action is drawn in proportion to `visits ** (1 / temperature)`, and
-    only one that is legal and was visited; where none was, all legal ones are alike.
-
-    Args:
-      rng: a JAX PRNG key, for the sample.
-      visit_counts: [B, A] int32.
-      legal: [B, A] bool.
-      temperature: [], at least 0. Below float32's smallest normal number it counts as 0.
-    """
-    counts = jnp.where(legal, visit_counts, -1)
-    temperature = jnp.asarray(temperature, jnp.float32)
-
-    def most_visited() -> jax.Array:
-        return jnp.argmax(counts, axis=-1).astype(jnp.int32)
-
-    def sample() -> jax.Array:
-        visited = counts > 0
-        chosen = jnp.where(jnp.any(visited, axis=-1, keepdims=True), visited, legal)
-        logs = jnp.log(jnp.maximum(counts, 1).astype(jnp.float32))
-        below = logs - jnp.max(logs, axis=-1, keepdims=True)  # 0 at the top, however divided
-        logits = jnp.where(chosen, below / temperature, -jnp.inf)
-        return jax.random.categorical(rng, logits).astype(jnp.int32)
-
-    action: jax.Array = loops.cond(temperature < _COLDEST, most_visited, sample)
-    return action
-
-
-def visit_shares(visit_counts: jax.Array) -> jax.Array:
-    """Each action's share of its row's visits: [B, A]; zeros where there are none."""
-    counts = visit_counts.astype(jnp.float32)
-    return counts / jnp.maximum(jnp.sum(counts, axis=-1, keepdims=True), 1.0)

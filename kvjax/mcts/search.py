@@ -16,7 +16,7 @@ from kvjax.base.arrays import ArrayLike, validate_range
 from kvjax.base.compilation import is_traced, jit_small_operations
 from kvjax.base.values import require_type
 from kvjax.config import SearchConfig, WorldModelConfig
-from kvjax.mcts import mctx_search, subtree
+from kvjax.mcts import mctx_search, policies, subtree
 from kvjax.mcts import tokens as own_tokens
 from kvjax.mcts import tree as trees
 from kvjax.mcts.output import Dials, SearchOutput
@@ -28,7 +28,6 @@ from kvjax.model.unizero import UniZero
 from kvjax.model.world_model import Params
 from kvjax.ops import support
 
-_TINY = float(np.finfo(np.float32).tiny)
 _NARROW = 128
 """Embedding size up to which loops are faster in one thread; on 2 cores, 256 is slower so."""
 
@@ -70,16 +69,29 @@ def search(
         arrays hold an action outside -1 .. A - 1 or a row without a legal action; `kept` without
         `kept_nodes`, or of another configuration.
     """
-    _check_types(params, rng, config, search)
-    arrays = _arrays(contexts, observation, last_action, legal, config)
-    kept, dials, search = _options(kept, contexts, config, search)
-    contexts, out = _search(
-        params, rng, contexts, *arrays, kept, dials, config=config, search=search
+    args, static = _checked(
+        params,
+        rng,
+        contexts,
+        observation,
+        last_action,
+        legal,
+        config=config,
+        search=search,
+        kept=kept,
     )
-    return contexts, out
+    planned: tuple[Contexts, SearchOutput] = _search(*args, **static)
+    return planned
 
 
-def compiled(
+def compiled(*args: Any, **options: Any) -> jax.stages.Compiled:
+    """What `search` runs for these arguments: its text, and how much memory it takes."""
+    args, static = _checked(*args, **options)
+    program: jax.stages.Compiled = _search.lower(*args, **static).compile()
+    return program
+
+
+def _checked(
     params: Params | UniZero,
     rng: jax.Array,
     contexts: Contexts,
@@ -90,24 +102,15 @@ def compiled(
     config: WorldModelConfig,
     search: SearchConfig,
     kept: Kept | None = None,
-) -> jax.stages.Compiled:
-    """What `search` runs for these arguments: its text, and how much memory it takes."""
-    _check_types(params, rng, config, search)
-    arrays = _arrays(contexts, observation, last_action, legal, config)
-    kept, dials, search = _options(kept, contexts, config, search)
-    lowered = _search.lower(
-        params, rng, contexts, *arrays, kept, dials, config=config, search=search
-    )
-    program: jax.stages.Compiled = lowered.compile()
-    return program
-
-
-def _check_types(
-    params: Params | UniZero, rng: jax.Array, config: WorldModelConfig, search: SearchConfig
-) -> None:
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of `search` as the jitted one takes them."""
     unizero.validate(params, config)
     validate_key(rng)
     require_type("search", search, SearchConfig, "kvjax.SearchConfig")
+    arrays = _arrays(contexts, observation, last_action, legal, config)
+    kept = _kept(kept, contexts, config, search)
+    dials, search = _split(search) if is_traced() else _split_on_device(search)
+    return (params, rng, contexts, *arrays, kept, dials), {"config": config, "search": search}
 
 
 def _arrays(
@@ -147,14 +150,6 @@ def _all_legal_here(rows: int, num_actions: int) -> jax.Array:
 def _all_legal_kept(rows: int, num_actions: int) -> jax.Array:
     legal: jax.Array = jax.jit(_all_legal_here, static_argnums=(0, 1))(rows, num_actions)
     return legal
-
-
-def _options(
-    kept: Kept | None, contexts: Contexts, config: WorldModelConfig, search: SearchConfig
-) -> tuple[Kept | None, Dials, SearchConfig]:
-    """What the search begins with, its dials, and what is left of its configuration."""
-    kept = _kept(kept, contexts, config, search)
-    return kept, *(_split(search) if is_traced() else _split_on_device(search))
 
 
 def _kept(
@@ -265,7 +260,7 @@ def _advance_and_plan(
         )
     noise_rng, action_rng = jax.random.split(rng)
     prior = trees.softmax(policy, legal)
-    tree = trees.init(_with_noise(noise_rng, prior, legal, search), search)
+    tree = trees.init(policies.with_noise(noise_rng, prior, legal, search), search)
     tokens = own_tokens.init_tokens(model, contexts.window, config, search.num_nodes)
     if kept is not None:
         tree, tokens = subtree.promote(kept, tree, tokens, contexts.timestep, last_action, search)
@@ -274,30 +269,15 @@ def _advance_and_plan(
     )
     visit_counts = trees.visit_counts(tree)
     return contexts, SearchOutput(
-        action=mctx_search.choose(action_rng, visit_counts, legal, dials.temperature),
+        action=policies.choose(action_rng, visit_counts, legal, dials.temperature),
         visit_counts=visit_counts,
         root_value=trees.root_value(tree),
         q_values=trees.q_values(tree),
         prior=jnp.maximum(prior, 0.0),
         network_value=root_value,
         mean_depth=tree.total_depth / search.num_simulations,
-        finite=mctx_search.all_finite(
-            policy, root_value, trees.root_value(tree), tree.low, tree.high
-        )
+        finite=policies.all_finite(policy, root_value, trees.root_value(tree), tree.low, tree.high)
         & jnp.any(legal, axis=1),
-        action_weights=mctx_search.visit_shares(jnp.where(legal, visit_counts, 0)),
+        action_weights=policies.visit_shares(jnp.where(legal, visit_counts, 0)),
         kept=None if kept is None else Kept(tree, tokens, contexts.timestep),
     )
-
-
-def _with_noise(
-    rng: jax.Array, prior: jax.Array, legal: jax.Array, search: SearchConfig
-) -> jax.Array:
-    """Mixes Dirichlet noise over the legal actions into priors [B, A]."""
-    if search.noise_fraction == 0.0:
-        return prior
-    gamma = jax.random.gamma(rng, search.dirichlet_alpha, prior.shape, prior.dtype)
-    gamma = jnp.where(legal, jnp.maximum(gamma, _TINY), 0.0)
-    noise = gamma / jnp.sum(gamma, axis=1, keepdims=True)
-    fraction = search.noise_fraction
-    return jnp.where(legal, prior * (1 - fraction) + fraction * noise, prior)

@@ -79,7 +79,7 @@ def make_room(
             return rebuild(model, jax.vmap(windows.slide)(window), config=config)
         kv = jnp.stack([jnp.stack(layer, 2) for layer in _alone(model, latent.T, config)], 2)
         empty = jnp.zeros_like(window.kv)
-        kv = kv.reshape(len(latent), 1, *config.window.token_shape).astype(empty.dtype)
+        kv = kv.reshape(latent.shape[0], 1, *config.window.token_shape).astype(empty.dtype)
         return Window(empty.at[:, :1].set(kv), jnp.ones_like(window.length))
 
     again: Window = loops.cond(full, compute_again, lambda: window)

@@ -134,7 +134,7 @@ def _push(
     x, own = unizero.token_step(
         model, x, *_as_read(model, window), (), rotation, config=config, zero_keys=zero_keys
     )
-    kv_token = jnp.stack(own, axis=1).reshape(len(token), *config.window.token_shape)
+    kv_token = jnp.stack(own, axis=1).reshape(token.shape[0], *config.window.token_shape)
     raw = None if window.raw is None else token
     return x, jax.vmap(windows.append)(window, kv_token, raw)
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import kvjax
 from kvjax import SearchConfig
-from kvjax.mcts.mctx_search import choose, visit_shares
+from kvjax.mcts.policies import choose, visit_shares
 
 ROWS, ACTIONS = 64, 6
 ENDS = (0.0, 1e-45, 1e-40, 1e-38, 1.2e-38, 1e-30, 1e-4, 1.0, 1e4, 1e30, 1e38, 3e38, 3.4028235e38)

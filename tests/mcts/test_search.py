@@ -14,7 +14,7 @@ from kvjax import init_contexts
 from kvjax.config import SearchConfig
 from kvjax.mcts import search
 from kvjax.mcts.mctx_search import _normalise_over_tree
-from kvjax.mcts.mctx_search import choose as _choose
+from kvjax.mcts.policies import choose as _choose
 from kvjax.mcts.search import _search
 from kvjax.model.step import FIRST_STEP
 

@@ -105,7 +105,7 @@ def gradients(config, params, actions, latents, plays=(cached, uncached)):
         jax.jit(
             jax.value_and_grad(lambda p, play=play: loss_of(play(p, config, actions, latents)))
         )(params)
-        for play in (cached, uncached)
+        for play in plays
     ]
 
 
