@@ -251,7 +251,7 @@ def token_step(
 
 def _rotate(qkv: jax.Array, rotation: jax.Array, config: WorldModelConfig) -> jax.Array:
     """Rotates queries and keys of [B, 3, E] by [B, 2, D / 2]."""
-    heads = qkv[:, :2].reshape(len(qkv), 2 * config.num_heads, -1)
+    heads = qkv[:, :2].reshape(qkv.shape[0], 2 * config.num_heads, -1)
     turned = jax.vmap(position.rotate)(heads, rotation).reshape(qkv[:, :2].shape)
     return jnp.concatenate([turned, qkv[:, 2:]], axis=1)
 
