@@ -203,6 +203,7 @@ def initial_inference(
 
     arrays = _Rows(latent, action, env_id, timestep, priority, last_latent=last_latent)
     how = _How(config, miss_policy, reanalysis)
+    params = unizero.remembered(params, config)
     return _uninterrupted(_initial, refuse, params, store, arrays, how)
 
 
@@ -274,6 +275,7 @@ def recurrent_inference(
 
     arrays = _Rows(latent, action, env_id, timestep, priority, depth=depth, slot=slot)
     how = _How(config, miss_policy, reanalysis, full_policy, pads_are_read)
+    params = unizero.remembered(params, config)
     return _uninterrupted(_recurrent, refuse, params, store, arrays, how)
 
 

@@ -14,11 +14,13 @@ of a window, K hidden units of a head.
 
 import dataclasses
 import functools
+import operator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from kvjax.base.compilation import is_traced
 from kvjax.base.values import require_shape
 from kvjax.config import WorldModelConfig
 from kvjax.model.checks import validate_model
@@ -108,6 +110,28 @@ def prepare(params: Params, *, config: WorldModelConfig) -> UniZero:
 @functools.partial(jax.jit, static_argnames=("config",))
 def _prepare(params: Params, *, config: WorldModelConfig) -> UniZero:
     return fold(params, config=config)
+
+
+_latest: dict[WorldModelConfig, tuple[list[Any], UniZero]] = {}
+
+
+def remembered(params: Params | UniZero, config: WorldModelConfig) -> Params | UniZero:
+    """The model of these variables, folded once for all calls that are given the same arrays.
+
+    Only the latest model is remembered. What a trace follows, or numpy could change, is handed back
+    as it is, to be folded where it is used.
+    """
+    if isinstance(params, UniZero) or is_traced():
+        return params
+    leaves = jax.tree.leaves(params)
+    if not all(isinstance(leaf, jax.Array) for leaf in leaves):
+        return params
+    known, model = _latest.get(config, ([], None))
+    if model is None or len(known) != len(leaves) or any(map(operator.is_not, known, leaves)):
+        model = _prepare(params, config=config)
+        _latest.clear()
+        _latest[config] = leaves, model
+    return model
 
 
 def validate(params: Params | UniZero, config: WorldModelConfig) -> None:
