@@ -173,5 +173,5 @@ def _grow(
     tokens = write(tokens, simulation, slots, length, blocks, config=config)
     reward, value = (support.to_scalar(x, config.support, axis=0) for x in (reward, value))
     prior = trees.softmax(policy.T)
-    value = jnp.where(jnp.isnan(prior[:, 0]), jnp.nan, value)  # so that the root's value tells
+    value = jnp.where(jnp.isnan(prior[:, 0]), prior[:, 0], value)  # so that the root's value tells
     return trees.expand(tree, path, simulation + 1, reward, value, prior, discount), tokens
