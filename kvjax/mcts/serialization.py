@@ -18,7 +18,7 @@ from kvjax.store import Store
 from kvjax.store.pool import Pool
 
 STATES = (Window, Contexts, Pool, Store, Tree, Tokens, Kept)
-_STATIC = (str, bool)
+_STATIC = (str, bool, int)
 
 
 def register() -> None:

@@ -7,6 +7,7 @@ head size, E embedding size.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +58,7 @@ def slide_correction(model: UniZero, *, config: WorldModelConfig) -> jax.Array |
     """
     if model.projected is None or not config.mode.corrected:
         return None
-    return position.slide_correction(model.projected)
+    return position.slide_correction(model.projected, block=config.window.block)
 
 
 def make_room(
@@ -70,13 +71,15 @@ def make_room(
       latent: [B, E], the last token of each.
     """
     full = jnp.any(before >= config.window.kept_length)
+    slide = functools.partial(windows.slide, block=config.window.block)
     if not (config.mode.keeps_raw or config.mode.carry is not None):
         correction = slide_correction(model, config=config)
-        return jax.vmap(windows.slide, in_axes=(0, None))(window, correction)
+        slid: Window = jax.vmap(slide, in_axes=(0, None))(window, correction)
+        return slid
 
     def compute_again() -> Window:
         if config.mode.keeps_raw:
-            return rebuild(model, jax.vmap(windows.slide)(window), config=config)
+            return rebuild(model, jax.vmap(slide)(window), config=config)
         kv = jnp.stack([jnp.stack(layer, 2) for layer in _alone(model, latent.T, config)], 2)
         empty = jnp.zeros_like(window.kv)
         kv = kv.reshape(latent.shape[0], 1, *config.window.token_shape).astype(empty.dtype)

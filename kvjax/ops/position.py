@@ -55,7 +55,7 @@ def project(table: jax.Array, kernels: jax.Array, num_heads: int) -> jax.Array:
     return projected.reshape(*projected.shape[:-1], num_heads, -1)
 
 
-def slide_correction(projected: jax.Array) -> jax.Array:
+def slide_correction(projected: jax.Array, *, block: int = BLOCK) -> jax.Array:
     """What `slide` adds to the tokens that it keeps: new position minus old position.
 
     Args:
@@ -66,7 +66,7 @@ def slide_correction(projected: jax.Array) -> jax.Array:
     """
     require_shape("projected", projected, ("C", "L", 2, "H", "D"))
     full_length = projected.shape[0] - 1
-    return projected[: full_length - BLOCK] - projected[BLOCK:full_length]
+    return projected[: full_length - block] - projected[block:full_length]
 
 
 def rotation(position: jax.Array, head_dim: int, theta: float) -> jax.Array:

@@ -208,7 +208,7 @@ def undo_trim_and_pad(aligned: AlignedWindow) -> Window:
     return jax.vmap(left_align)(aligned)
 
 
-def slide(window: Window, correction: jax.Array | None = None) -> Window:
+def slide(window: Window, correction: jax.Array | None = None, *, block: int = BLOCK) -> Window:
     """Drops the oldest block of a window that has reached C - 1 tokens; leaves a shorter one alone.
 
     The kept tokens move to earlier slots, and `correction` is what that adds to each.
@@ -220,17 +220,18 @@ def slide(window: Window, correction: jax.Array | None = None) -> Window:
       window: `kv` [C, L, 2, H, D].
       correction: [C - 3, L, 2, H, D], from `kvjax.ops.position.slide_correction`; slot i is added
         to the token that lands in slot i. None adds nothing (rotary positions).
+      block: K, tokens of a step.
     """
     require_shape("window.kv", window.kv, _KV)
     capacity, *token_shape = window.kv.shape
     full_length = capacity - 1
-    kept_length = full_length - BLOCK
+    kept_length = full_length - block
     if correction is not None:
         require_shape("correction", correction, (kept_length, *token_shape))
     moves = overflows(window)
 
     def shift(rows: jax.Array, added: jax.Array | None) -> jax.Array:
-        kept = rows[BLOCK:full_length]
+        kept = rows[block:full_length]
         kept = kept if added is None else kept + added.astype(rows.dtype)
         zeros = jnp.zeros_like(rows[kept_length:])
         return jnp.where(moves, jnp.concatenate([kept, zeros]), rows)

@@ -19,7 +19,7 @@ import numpy as np
 from kvjax.base import display, loops
 from kvjax.base.arrays import is_deleted
 from kvjax.base.values import require, require_count, require_type
-from kvjax.config import BLOCK, WorldModelConfig
+from kvjax.config import WorldModelConfig
 from kvjax.ops import hashing
 from kvjax.ops import window as windows
 from kvjax.ops.window import Window
@@ -31,7 +31,7 @@ from kvjax.store.pool import NO_SLOT, Pool
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("roots", "nodes", "epoch", "counters", "latest"),
-    meta_fields=("verify_keys",),
+    meta_fields=("verify_keys", "spare"),
 )
 @dataclasses.dataclass(frozen=True, repr=False)
 class Store(display.Drawn):
@@ -45,6 +45,7 @@ class Store(display.Drawn):
       latest: [P] int32, slot of each environment's newest root where raw tokens are kept; else
         None.
       verify_keys: whether keys hold the latent itself (static).
+      spare: slots at a window's end that no stored window uses, which are left out (static).
     """
 
     roots: Pool
@@ -53,6 +54,7 @@ class Store(display.Drawn):
     counters: jax.Array
     latest: jax.Array | None
     verify_keys: bool
+    spare: int
 
     def _picture(self) -> display.Picture | None:
         pools = [self.roots._picture("roots"), self.nodes._picture("nodes")]
@@ -110,7 +112,8 @@ def init_store(
         f"node_slots {node_slots} cannot hold a search of {num_envs} environments and"
         f" {num_simulations} simulations: at least {search_size} are needed",
     )
-    entry = _pack(windows.init(config.window))
+    spare = config.window.context_length - config.window.kept_length
+    entry = _pack(windows.init(config.window), spare)
     key_lanes = hashing.KEY_LANES + (config.embed_dim if verify_keys else 0)
 
     def make(num_slots: int, num_segments: int) -> Pool:
@@ -129,6 +132,7 @@ def init_store(
         counters=statistics.init(),
         latest=None if config.window.raw_size is None else jnp.full(num_envs, NO_SLOT, jnp.int32),
         verify_keys=verify_keys,
+        spare=spare,
     )
 
 
@@ -149,18 +153,18 @@ def num_envs(store: Store) -> int:
     return store.roots.segments.shape[0]
 
 
-def _pack(window: Window) -> Window:
+def _pack(window: Window, spare: int) -> Window:
     """Leaves out slots that no stored window uses: C becomes C - 3."""
-    raw = None if window.raw is None else window.raw[..., : -(1 + BLOCK), :]
-    return _replace(window, kv=window.kv[..., : -(1 + BLOCK), :, :, :, :], raw=raw)
+    raw = None if window.raw is None else window.raw[..., :-spare, :]
+    return _replace(window, kv=window.kv[..., :-spare, :, :, :, :], raw=raw)
 
 
-def _unpack(window: Window) -> Window:
+def _unpack(window: Window, spare: int) -> Window:
     """Undoes `_pack`."""
 
     def pad(rows: jax.Array, axis: int) -> jax.Array:
         widths = [(0, 0)] * rows.ndim
-        widths[axis] = (0, 1 + BLOCK)
+        widths[axis] = (0, spare)
         return jnp.pad(rows, widths)
 
     raw = None if window.raw is None else pad(window.raw, -2)
@@ -223,10 +227,10 @@ def take(store: Store, found: Found) -> Window:
 
     def from_both() -> Window:
         both = pools.take(store.roots, found.root), pools.take(store.nodes, found.node)
-        return _unpack(jax.vmap(windows.where)(in_root, *both))
+        return _unpack(jax.vmap(windows.where)(in_root, *both), store.spare)
 
     def from_nodes() -> Window:
-        return _unpack(pools.take(store.nodes, found.node))
+        return _unpack(pools.take(store.nodes, found.node), store.spare)
 
     # Below the first level of a tree no row is a root: that pool need not be read.
     window: Window = loops.cond(jnp.any(in_root), from_both, from_nodes)
@@ -254,7 +258,7 @@ def add_roots(
     """Stores root windows in their environments' pools; the store and handles [B] int32."""
     priority = priority if store.roots.eviction == "priority" else None
     roots, slot, evicted = pools.add(
-        store.roots, keys, env_id, _pack(window), priorities=priority, valid=valid
+        store.roots, keys, env_id, _pack(window, store.spare), priorities=priority, valid=valid
     )
     lost = slot == NO_SLOT if valid is None else valid & (slot == NO_SLOT)
     store = _replace(store, roots=roots, latest=with_latest(store, env_id, slot))
@@ -275,7 +279,7 @@ def latest_roots(store: Store, env_id: jax.Array) -> Window:
 
     For a store of windows with raw tokens: keys and values may be of older parameters.
     """
-    return _unpack(pools.take(store.roots, jnp.asarray(store.latest)[env_id]))
+    return _unpack(pools.take(store.roots, jnp.asarray(store.latest)[env_id]), store.spare)
 
 
 def add_nodes(
@@ -298,7 +302,7 @@ def add_nodes(
         store.nodes,
         keys,
         segment,
-        _pack(window),
+        _pack(window, store.spare),
         priorities=priority,
         valid=valid,
         may_evict=may_evict,
