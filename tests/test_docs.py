@@ -21,6 +21,7 @@ ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 RULES = (DOCS / "rules.md").read_text()
 ERRORS = (DOCS / "errors.md").read_text()
+ARCHITECTURE = (DOCS / "architecture.md").read_text()
 COMPOSITION = (DOCS / "composition.md").read_text()
 README = (ROOT / "README.md").read_text()
 CHEAP = ("tests/ops/test_window.py", "tests/ops/test_position.py", "tests/ops/test_hashing.py")
@@ -107,13 +108,15 @@ def test_the_picture_is_current():
     assert (DOCS / "picture.svg").read_text() == done.stdout
 
 
-def test_files_that_the_readme_names_exist():
-    names = re.findall(r"`((?:[\w]+/)*\w+\.(?:py|ipynb|md|svg))`", README)
-    links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
+def test_files_that_the_pages_name_exist():
+    text = README + ARCHITECTURE
+    names = re.findall(r"`((?:[\w]+/)*\w+\.(?:py|ipynb|md|svg))`", text)
     assert len(names) > 10
-    missing = [n for n in names if not ((ROOT / n).exists() or list(ROOT.glob(f"kvjax/**/{n}")))]
+    missing = [n for n in names if not ((ROOT / n).exists() or (ROOT / "kvjax" / n).exists())]
     assert not missing
-    assert not [name for name in links if not (ROOT / name).exists()]
+    for page, folder in ((README, ROOT), (ARCHITECTURE, DOCS)):
+        links = re.findall(r"\]\((?!http)([^)#]+)\)", page)
+        assert not [name for name in links if not (folder / name).exists()]
 
 
 def public():
