@@ -14,7 +14,7 @@ of a window, K hidden units of a head.
 
 import dataclasses
 import functools
-import operator
+import weakref
 from typing import Any
 
 import jax
@@ -112,26 +112,27 @@ def _prepare(params: Params, *, config: WorldModelConfig) -> UniZero:
     return fold(params, config=config)
 
 
-_latest: dict[WorldModelConfig, tuple[list[Any], UniZero]] = {}
+_folded: dict[tuple[int, WorldModelConfig], tuple[list[weakref.ref[jax.Array]], UniZero]] = {}
 
 
 def remembered(params: Params | UniZero, config: WorldModelConfig) -> Params | UniZero:
     """The model of these variables, folded once for all calls that are given the same arrays.
 
-    Only the latest model is remembered. What a trace follows, or numpy could change, is handed back
-    as it is, to be folded where it is used.
+    It is forgotten when they are. What a trace follows, or numpy could change, is handed back as it
+    is, to be folded where it is used.
     """
     if isinstance(params, UniZero) or is_traced():
         return params
     leaves = jax.tree.leaves(params)
     if not all(isinstance(leaf, jax.Array) for leaf in leaves):
         return params
-    known, model = _latest.get(config, ([], None))
-    if model is None or len(known) != len(leaves) or any(map(operator.is_not, known, leaves)):
-        model = _prepare(params, config=config)
-        _latest.clear()
-        _latest[config] = leaves, model
-    return model
+    key = id(leaves[0]), config
+    known, model = _folded.get(key, ([], None))
+    if model is None or any(ref() is not leaf for ref, leaf in zip(known, leaves, strict=True)):
+        model = dataclasses.replace(_prepare(params, config=config), params=None)
+        _folded[key] = [weakref.ref(leaf) for leaf in leaves], model
+        weakref.finalize(leaves[0], _folded.pop, key, None).atexit = False
+    return dataclasses.replace(model, params=params)
 
 
 def validate(params: Params | UniZero, config: WorldModelConfig) -> None:
