@@ -148,45 +148,27 @@ def replay(
     validate_contexts(contexts, config)
     given = contexts.timestep.shape[0]
     require(given == rows, f"contexts must have {rows} rows, got {given}")
-    contexts, policy, value = _replay(
-        params,
-        contexts,
-        observation.astype(jnp.float32),
-        action.astype(jnp.int32),
-        length.astype(jnp.int32),
-        config=config,
-    )
+    history = observation.astype(jnp.float32), action.astype(jnp.int32), length.astype(jnp.int32)
+    params = unizero.remembered(params, config)
+    contexts, policy, value = _replay(params, contexts, history, config=config)
     return contexts, policy, value
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
-def _replay(
-    params: Params | UniZero,
-    contexts: Contexts,
-    observation: jax.Array,
-    action: jax.Array,
-    length: jax.Array,
-    *,
-    config: WorldModelConfig,
-) -> tuple[Contexts, jax.Array, jax.Array]:
-    def run(*arguments: Any) -> Any:
-        return _take_steps(*arguments, config=config)
-
-    rows = meshes.spec(meshes.rows_of(length))
-    arguments = params, contexts, observation, action, length
-    result: tuple[Contexts, jax.Array, jax.Array] = meshes.run_automatic(run, arguments, rows)
-    return result
+def _replay(params: Params | UniZero, contexts: Contexts, history: Any, *, config: Any) -> Any:
+    take_steps = functools.partial(_take_steps, config=config)
+    rows = meshes.spec(meshes.rows_of(contexts.timestep))
+    return meshes.run_automatic(take_steps, (params, contexts, history), rows)
 
 
 def _take_steps(
     params: Params | UniZero,
     contexts: Contexts,
-    observation: jax.Array,
-    action: jax.Array,
-    length: jax.Array,
+    history: tuple[jax.Array, jax.Array, jax.Array],
     *,
     config: WorldModelConfig,
 ) -> tuple[Contexts, jax.Array, jax.Array]:
+    observation, action, length = history
     model = unizero.fold(params, config=config)
     rows = length.shape[0]
 
@@ -201,10 +183,10 @@ def _take_steps(
         return jax.tree.map(keep, moved, state), None
 
     steps = action.shape[1]
-    history = jnp.arange(steps, dtype=jnp.int32), jnp.moveaxis(observation, 1, 0), action.T
+    by_step = jnp.arange(steps, dtype=jnp.int32), jnp.moveaxis(observation, 1, 0), action.T
     step_of = functools.partial(advance, model, contexts, config=config)
     _, *outputs = jax.eval_shape(step_of, observation[:, 0], action[:, 0])
     policy, value = (jnp.zeros(x.shape, x.dtype) for x in outputs)
     start = contexts, policy, value
-    result: tuple[Contexts, jax.Array, jax.Array] = loops.scan(one_step, start, history)[0]
+    result: tuple[Contexts, jax.Array, jax.Array] = loops.scan(one_step, start, by_step)[0]
     return result
