@@ -19,7 +19,7 @@ WAYS = {
     "An observation becomes an action (kvjax.search)": (
         "#d9822b",
         "mcts/search model/contexts model/step model/unizero model/modes ops/window mcts/tokens"
-        " mcts/tree mcts/policies",
+        " mcts/unizero_tree mcts/tree mcts/policies",
     ),
     "A latent finds its slot (kvjax.recurrent_inference)": (
         "#3b7dd8",

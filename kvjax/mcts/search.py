@@ -21,6 +21,7 @@ from kvjax.mcts import tokens as own_tokens
 from kvjax.mcts import tree as trees
 from kvjax.mcts.output import Dials, SearchOutput
 from kvjax.mcts.subtree import Kept
+from kvjax.mcts.unizero_tree import init_tokens, tree_model
 from kvjax.model import step, unizero
 from kvjax.model.checks import validate_key
 from kvjax.model.contexts import Contexts, advance, validate_contexts
@@ -262,11 +263,11 @@ def _advance_and_plan(
     noise_rng, action_rng = jax.random.split(rng)
     prior = trees.softmax(policy, legal)
     tree = trees.init(policies.with_noise(noise_rng, prior, legal, search), search)
-    tokens = own_tokens.init_tokens(model, contexts.window, config, search.num_nodes)
+    tokens = init_tokens(model, contexts.window, config, search.num_nodes)
     if kept is not None:
         tree, tokens = subtree.promote(kept, tree, tokens, contexts.timestep, last_action, search)
     tree, tokens = own_tokens.run(
-        model, tree, tokens, contexts.timestep, dials.discount, config, search
+        tree_model(config), model, tree, tokens, contexts.timestep, dials.discount, search
     )
     visit_counts = trees.visit_counts(tree)
     return contexts, SearchOutput(

@@ -28,8 +28,9 @@ import jax.numpy as jnp
 from kvjax.base.values import require, require_count, require_type
 from kvjax.config import SearchConfig, WorldModelConfig
 from kvjax.mcts import tree as trees
-from kvjax.mcts.tokens import Tokens, empty_tokens
+from kvjax.mcts.tokens import Tokens
 from kvjax.mcts.tree import CHILD, PRIOR, ROOT, UNVISITED, VALUE_SUM, VISITS, Q, Tree
+from kvjax.mcts.unizero_tree import empty_tokens
 from kvjax.model import step
 
 _NO_STEP = -2
