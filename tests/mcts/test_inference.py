@@ -571,6 +571,8 @@ GOOD = {
         ({"timestep": zeros(1)}, "timestep must be integers"),
         ({"slot": np.zeros(3)}, "slot must be integers"),
         ({"miss_policy": "rebuild"}, "miss_policy must be one of context_free, error, got"),
+        ({"priority": np.zeros(2)}, r"priority must have shape \[3\], got \[2\]"),
+        ({"priority": np.zeros(3)}, 'a store with eviction "priority", got one with "fifo"'),
         (
             {name: np.tile(v, (6, 1) if v.ndim == 2 else 6) for name, v in GOOD.items()},
             "18 rows do not fit into 15 node slots",
