@@ -68,23 +68,21 @@ IMAGE_SIDES = (64, *POOLED_SIDES)
 """Sides in pixels of the square images that LightZero's encoder takes."""
 
 
-def check_stored_env(source: Any, env_id: str, said: str | None = None) -> None:
+def check_stored_env(source: Any, env_id: str, said: str | None = None, hint: str = "") -> None:
     """Refuses an environment out of a file whose name makes Gymnasium import a module.
 
     Args:
       source: the file, for the message.
       env_id: what the file says; `module:Env` imports that module.
       said: what the user says, who may mean just that.
+      hint: how to say it, for the message.
 
     Raises:
-      ValueError: the identifier has a colon and the user has not said it, or is no text.
+      ValueError: the identifier has a colon and the user has not said it.
     """
-    is_text = isinstance(env_id, str)
-    require(is_text, f"{source} names the environment {env_id!r}, expected text")
     require(
         ":" not in env_id or env_id == said,
-        f"{source} names the environment {env_id!r}, for which Gymnasium imports a module: if you"
-        " trust it, say it yourself (--env)",
+        f"{source} names the environment {env_id!r}, for which Gymnasium imports a module{hint}",
     )
 
 

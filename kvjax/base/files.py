@@ -54,6 +54,15 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
             _unfinished.discard(partial)
 
 
+@contextlib.contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Puts the name of a file before what a `ValueError` in the block says."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
 def discard_unfinished() -> None:
     """Removes what is being written: for a process that ends without unwinding."""
     for partial in tuple(_unfinished):

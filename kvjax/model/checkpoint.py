@@ -118,7 +118,8 @@ def _environment(
 ) -> EnvironmentConfig | None:
     if stored is None or said not in (None, stored.env_id):
         return None if said is None else EnvironmentConfig(said)
-    check_stored_env(path, stored.env_id, said)
+    hint = ": if you trust it, say it yourself (--env)"
+    check_stored_env(path, stored.env_id, said, hint)
     return stored
 
 

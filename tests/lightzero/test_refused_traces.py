@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import DATA
 
-from kvjax.lightzero.traces import archive, npz, search_trace
+from kvjax.lightzero.traces import npz, recording, search_trace
 from kvjax.lightzero.traces import trace as traces
 from kvjax.tools.parity import verify, verify_episodes, verify_trees
 
@@ -39,7 +39,7 @@ READERS = {
     "trees": search_trace.read_trees,
     "episodes": search_trace.read_episodes,
 }
-loaded = functools.cache(lambda: traces.checkpoint.load(weights(), num_heads=4, context_length=8))
+loaded = functools.cache(lambda: traces.load(weights(), num_heads=4, context_length=8))
 
 
 def weights():
@@ -60,11 +60,11 @@ def read(monkeypatch):
     """Reads arrays as if they came from a file called `trace`; weights are converted once."""
 
     def read(kind, arrays):
-        monkeypatch.setattr(archive, "read_arrays", lambda path: arrays)
+        monkeypatch.setattr(recording, "read_arrays", lambda path: arrays)
         return READERS[kind]("trace")
 
     model = loaded()
-    monkeypatch.setattr(traces.checkpoint, "load", lambda *args, **options: model)
+    monkeypatch.setattr(traces, "load", lambda *args, **options: model)
     return read
 
 
@@ -115,7 +115,7 @@ def test_no_parent_comes_after_its_child(read):
 
 
 COUNTS = {
-    "world model": (*traces._COUNTS, *traces._OTHER_COUNTS),
+    "world model": (*traces.COUNTS, *traces.OTHER_COUNTS),
     "trees": ("actions", "simulations"),
     "episodes": ("num_heads", "context_length", "simulations"),
 }
@@ -151,7 +151,7 @@ def test_every_count_is_one(read, kind):
 @pytest.mark.parametrize("kind", READERS)
 def test_every_other_field_is_looked_at(read, kind, monkeypatch):
     monkeypatch.undo()  # with the real weights: these fields go to the model's configuration
-    monkeypatch.setattr(archive, "read_arrays", lambda path: changed)
+    monkeypatch.setattr(recording, "read_arrays", lambda path: changed)
     for name, values in OTHERS[kind].items():
         rope = {"rope": True} if name == "rope_positions" else {}
         for value in values:
@@ -160,7 +160,7 @@ def test_every_other_field_is_looked_at(read, kind, monkeypatch):
                 READERS[kind]("trace")
 
 
-@pytest.mark.parametrize("name", traces._SIZES)
+@pytest.mark.parametrize("name", traces.SIZES)
 def test_a_size_that_the_weights_contradict(read, name):
     with pytest.raises(ValueError, match=f"config says {name} 7, the weights"):
         read("world model", described(good("world model"), "world model", **{name: 7}))

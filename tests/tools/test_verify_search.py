@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from test_verify import rewritten, set_config
 
-from kvjax.lightzero.traces import archive, search_trace
+from kvjax.lightzero.traces import npz, search_trace
 from kvjax.mcts import tree
 from kvjax.tools import cli
 from kvjax.tools.parity import near_ties, reference_tree, verify
@@ -285,11 +285,11 @@ def test_a_description_must_be_complete(data, tmp_path):
 
 
 def test_readers_refuse_another_kind(data):
-    with pytest.raises(ValueError, match="it is no tree trace"):
+    with pytest.raises(ValueError, match="is a trace of episodes, not of trees"):
         search_trace.read_trees(data / EPISODES)
-    with pytest.raises(ValueError, match="holds no config"):
+    with pytest.raises(ValueError, match="is a trace of trees, not of episodes"):
         search_trace.read_episodes(data / TREES)
     with pytest.raises(ValueError, match="is a trace of trees, not of a world model"):
         verify.verify_world_model(data / TREES)
     with pytest.raises(FileNotFoundError, match="no such trace"):
-        archive.read_arrays("absent.npz")
+        npz.read_arrays("absent.npz")

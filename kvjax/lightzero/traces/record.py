@@ -8,7 +8,7 @@ Shapes: B environments, E embedding size, L layers, H heads, D head size, N simu
 
 import contextlib
 import copy
-import dataclasses
+import inspect
 import io
 import json
 from pathlib import Path
@@ -17,17 +17,15 @@ from typing import Any
 import numpy as np
 
 from kvjax.base import files
-from kvjax.base.values import is_integer, make_plain, require
+from kvjax.base.dlpack import to_torch
+from kvjax.base.values import require, require_count
 from kvjax.config import WorldModelConfig
 from kvjax.lightzero.checkpoint import load
 from kvjax.lightzero.traces import trace
-from kvjax.lightzero.traces.trace import Trace
+from kvjax.lightzero.traces.recording import CONFIG, Array, Arrays
+from kvjax.lightzero.traces.trace import ASKED, SIZES, Trace
 from kvjax.model.step import FIRST_STEP
 
-Array = np.ndarray[Any, Any]
-Arrays = dict[str, Array]
-
-_SOURCES = {"0.2.0": "lightzero-0.2.0", "main": "lightzero-main"}
 _MOST_ROWS = 8
 _DEFAULT_SIMULATIONS = 50  # of LightZero's pools, where the configuration says nothing
 _GO_DEEPER = 0.6  # share of simulations that expand the newest node
@@ -71,41 +69,30 @@ def record_trace(
     config, _ = load(model)
     path = Path(path)
     require(path.suffix == ".npz", f"a trace's name must end in .npz, got {path}")
-    sizes = _Sizes(_rows(model, rows), steps, simulations)
-    sizes.check(model)
+    rows = min(model.env_num, _MOST_ROWS) if rows is None else rows
+    sizes = _checked_sizes(model, envs=rows, steps=steps, sims=simulations)
     files.require_writable(path)
-    arrays = _Session(model, config, sizes, np.random.default_rng(seed)).run()
+    arrays = _Session(model, config, np.random.default_rng(seed), **sizes).run()
     arrays |= _weights(model)
-    arrays["config"] = np.array(json.dumps(_description(model, config, sizes)))
+    arrays[CONFIG] = np.array(json.dumps(_description(model, config) | sizes))
     with files.replacing(path) as file:
         np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
     return trace.read(path)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Sizes:
-    rows: int  # B
-    steps: int
-    simulations: int  # N
-
-    def check(self, model: Any) -> None:
-        make_plain(self)
-        for name, value in dataclasses.asdict(self).items():
-            require(is_integer(value) and value >= 1, f"{name} must be at least 1: {value!r}")
-        require(
-            self.rows <= model.env_num,
-            f"rows must be at most the model's env_num {model.env_num}, got {self.rows}",
-        )
-        most = int(getattr(model.config, "num_simulations", _DEFAULT_SIMULATIONS))
-        require(
-            self.simulations <= most,
-            f"simulations must be at most the model's num_simulations {most} (its pools hold no"
-            f" more), got {self.simulations}",
-        )
-
-
-def _rows(model: Any, rows: int | None) -> int:
-    return min(model.env_num, _MOST_ROWS) if rows is None else rows
+def _checked_sizes(model: Any, envs: int, steps: int, sims: int) -> dict[str, int]:
+    """B, the steps and N by their names in a trace."""
+    envs, steps = require_count("rows", envs), require_count("steps", steps)
+    sims = require_count("simulations", sims)
+    held = int(model.env_num)
+    require(envs <= held, f"rows must be at most the model's env_num {held}, got {envs}")
+    most = int(getattr(model.config, "num_simulations", _DEFAULT_SIMULATIONS))
+    require(
+        sims <= most,
+        f"simulations must be at most the model's num_simulations {most} (its pools hold no more),"
+        f" got {sims}",
+    )
+    return {"envs": envs, "steps": steps, "sims": sims}
 
 
 def _is_main(model: Any) -> bool:
@@ -121,24 +108,12 @@ def _weights(model: Any) -> Arrays:
     }
 
 
-def _description(model: Any, config: WorldModelConfig, sizes: _Sizes) -> dict[str, Any]:
-    described = {
-        "layers": config.num_layers,
-        "heads": config.num_heads,
-        "embed": config.embed_dim,
-        "ctx": config.context_length,
-        "blocks": int(model.config.max_blocks),
-        "actions": config.num_actions,
-        "support": config.support_size,
-        "envs": sizes.rows,
-        "sims": sizes.simulations,
-        "steps": sizes.steps,
-        "simnorm_group": config.simnorm_group,
-        "rope": config.is_rotary,
-        "rope_theta": config.rope_theta,
-        "source": _SOURCES["main" if _is_main(model) else "0.2.0"],
-    }
+def _description(model: Any, config: WorldModelConfig) -> dict[str, Any]:
+    """What a trace says of its model."""
     modes = {"reset": "exact_kv_window_reset", "rebuild": "rebuild_kv_window_from_tokens"}
+    described = {name: getattr(config, field) for name, field in (ASKED | SIZES).items()}
+    described |= {"blocks": int(model.config.max_blocks), "rope": config.is_rotary}
+    described |= {"source": f"lightzero-{'main' if _is_main(model) else '0.2.0'}"}
     return described | {name: True for name, flag in modes.items() if getattr(model, flag, False)}
 
 
@@ -162,21 +137,24 @@ def _private_copy(model: Any) -> Any:
 
 
 class _Session:
-    """A copied model and the walks of its environments."""
+    """A copied model and the walks of its B environments."""
 
     def __init__(
-        self, model: Any, config: WorldModelConfig, sizes: _Sizes, rng: np.random.Generator
+        self,
+        model: Any,
+        config: WorldModelConfig,
+        rng: np.random.Generator,
+        *,
+        envs: int,
+        steps: int,
+        sims: int,
     ) -> None:
-        self._model, self._config, self._sizes, self._rng = (
-            _private_copy(model),
-            config,
-            sizes,
-            rng,
-        )
+        self._model, self._config, self._rng = _private_copy(model), config, rng
+        self._envs, self._steps, self._sims = envs, steps, sims
         self._mixes_restarts = _is_main(model)
-        self._logits = rng.standard_normal((sizes.rows, config.embed_dim))
+        self._logits = rng.standard_normal((envs, config.embed_dim))
         self._latent = self._walk()
-        self._timestep = np.zeros(sizes.rows, np.int64)
+        self._timestep = np.zeros(envs, np.int64)
         self._windows: dict[int, Array] = {}  # [2, L, H, length, D] by environment
         self._watch_roots()
 
@@ -185,7 +163,7 @@ class _Session:
 
         arrays: Arrays = {}
         with torch.no_grad():
-            for step in range(self._sizes.steps):
+            for step in range(self._steps):
                 recorded = self._root(step)
                 recorded |= self._simulate(recorded["latent"])
                 arrays |= {f"step{step}/{name}": array for name, array in recorded.items()}
@@ -193,41 +171,34 @@ class _Session:
 
     def _walk(self) -> Array:
         """The next latents of all rows, as the model's own norm would shape them: [B, E]."""
-        self._logits = self._logits + _STEP_OF_A_WALK * self._rng.standard_normal(
-            self._logits.shape
-        )
-        group = self._config.simnorm_group
+        shape = self._logits.shape
+        self._logits = self._logits + _STEP_OF_A_WALK * self._rng.standard_normal(shape)
         if self._config.latent_norm == "layernorm":
             centred = self._logits - self._logits.mean(axis=1, keepdims=True)
             return np.asarray(centred / centred.std(axis=1, keepdims=True), np.float32)
-        weights = np.exp(self._logits).reshape(len(self._logits), -1, group)
+        weights = np.exp(self._logits).reshape(shape[0], -1, self._config.simnorm_group)
         shares = weights / weights.sum(axis=2, keepdims=True)
-        return np.asarray(shares.reshape(self._logits.shape), np.float32)
+        return np.asarray(shares.reshape(shape), np.float32)
 
     def _watch_roots(self) -> None:
         """Notes every window that the model stores for a root, whatever it stores it in."""
         model, manager = self._model, getattr(self._model, "kv_cache_manager", None)
+        owner, name, window = model, "custom_copy_kv_cache_to_shared_init_envs", "src_kv"
         if manager is not None and getattr(model, "use_new_cache_manager", False):
-            store = manager.set_init_cache
+            owner, name, window = manager, "set_init_cache", "kv_cache"
+        store = getattr(owner, name)
 
-            def set_init_cache(env_id: int, cache_key: Any, kv_cache: Any) -> Any:
-                self._windows[int(env_id)] = _window(kv_cache)
-                return store(env_id=env_id, cache_key=cache_key, kv_cache=kv_cache)
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            given = inspect.signature(store).bind(*args, **kwargs).arguments
+            self._windows[int(given["env_id"])] = _window(given[window])
+            return store(*args, **kwargs)
 
-            manager.set_init_cache = set_init_cache
-            return
-        keep = model.custom_copy_kv_cache_to_shared_init_envs
-
-        def copy_to_shared(src_kv: Any, env_id: int) -> Any:
-            self._windows[int(env_id)] = _window(src_kv)
-            return keep(src_kv, env_id)
-
-        model.custom_copy_kv_cache_to_shared_init_envs = copy_to_shared
+        setattr(owner, name, noted)
 
     def _root(self, step: int) -> Arrays:
-        rows = np.arange(self._sizes.rows)
+        rows = np.arange(self._envs)
         restarts = np.full(len(rows), step == 0)
-        if step == max(self._sizes.steps // 2, 1):
+        if step == max(self._steps // 2, 1):
             restarts |= rows % 2 == 0 if self._mixes_restarts else True
         action = self._rng.integers(self._config.num_actions, size=len(rows))
         action = np.where(restarts, FIRST_STEP, action)
@@ -250,12 +221,12 @@ class _Session:
         return recorded | self._stored_windows()
 
     def _stored_windows(self) -> Arrays:
-        if len(self._windows) < self._sizes.rows:
+        if len(self._windows) < self._envs:
             raise ValueError(
                 "the model stored no root window: something else manages its caches, detach that"
                 " first"
             )
-        windows = [self._windows[env] for env in range(self._sizes.rows)]
+        windows = [self._windows[env] for env in range(self._envs)]
         stored = {"length": np.array([window.shape[3] for window in windows])}
         for env, (keys, values) in enumerate(windows):
             stored |= {f"k{env}": keys, f"v{env}": values}
@@ -270,23 +241,22 @@ class _Session:
         getattr(model, "past_token_context_recurrent_infer", {}).clear()
 
     def _tokens(self, latent: Array) -> Any:
-        import torch
+        return self._on_device(latent)[:, None]
 
-        return torch.from_numpy(latent).to(self._model.device)[:, None]
+    def _on_device(self, array: Array) -> Any:
+        return to_torch(array).to(self._model.device)
 
     def _simulate(self, root: Array) -> Arrays:
         """Grows a random tree in every row."""
-        import torch
-
-        rows = np.arange(self._sizes.rows)
+        rows = np.arange(self._envs)
         parents, actions = self._random_trees()
-        depths = np.zeros((self._sizes.simulations + 1, len(rows)), np.int64)
+        depths = np.zeros((self._sims + 1, len(rows)), np.int64)
         latents, answers = [root], []
         for index, (parent, action) in enumerate(zip(parents, actions, strict=True)):
             depths[index + 1] = depths[parent, rows] + 1
             asked = np.stack(latents)[parent, rows][:, None]
             _, latent, reward, policy, value = self._model.forward_recurrent_inference(
-                [(asked, torch.from_numpy(action).to(self._model.device))],
+                [(asked, self._on_device(action))],
                 index,
                 depths[index + 1].tolist(),
                 self._timestep,
@@ -300,7 +270,7 @@ class _Session:
 
     def _random_trees(self) -> tuple[Array, Array]:
         """Parents and actions, [N, B] each; no row expands an edge twice."""
-        shape = self._sizes.simulations, self._sizes.rows
+        shape = self._sims, self._envs
         parents, actions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
         for row in range(shape[1]):
             free = [(0, action) for action in range(self._config.num_actions)]

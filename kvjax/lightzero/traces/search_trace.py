@@ -10,25 +10,23 @@ from typing import Any
 
 import numpy as np
 
-from kvjax.config import MAX_SIMULATIONS, EnvironmentConfig, SearchConfig, WindowMode
-from kvjax.lightzero.traces import archive
-
-Array = np.ndarray[Any, Any]
+from kvjax.base.values import require
+from kvjax.config import (
+    MAX_SIMULATIONS,
+    EnvironmentConfig,
+    SearchConfig,
+    WindowMode,
+    check_stored_env,
+)
+from kvjax.lightzero.traces import recording
+from kvjax.lightzero.traces.recording import Array, Arrays, Description
 
 NOISE_FRACTION = 0.25
 """Weight of the noise that a tree trace holds."""
 
-_TREE_FIELDS = {"actions", "simulations", "discount", "noise"}
-_EPISODE_FIELDS = {
-    "simulations",
-    "discount",
-    "seeds",
-    "env",
-    "obs_scale",
-    "num_heads",
-    "context_length",
-    "support",
-}
+_TREE_FIELDS = ("actions", "simulations", "discount", "noise")
+_SIZES = ("num_heads", "context_length")
+_EPISODE_FIELDS = (*_SIZES, "simulations", "discount", "seeds", "env", "obs_scale", "support")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,59 +79,36 @@ def read_trees(path: str | Path) -> tuple[RecordedTree, ...]:
       FileNotFoundError: no such file.
       ValueError: the file is no tree trace or is incomplete.
     """
-    arrays = archive.read_arrays(path)
-    if archive.TREES not in arrays:
-        raise ValueError(f"{path} holds no {archive.TREES}: it is no tree trace")
-    described = archive.read_json(path, arrays, archive.TREES)
-    if not isinstance(described, list) or not described:
-        raise ValueError(
-            f"{path}: {archive.TREES} must be a JSON list of trees, got {reprlib.repr(described)}"
-        )
-    return tuple(_tree(path, arrays, index, tree) for index, tree in enumerate(described))
+    with recording.opened(path, "trees") as arrays:
+        trees = enumerate(recording.describe_trees(arrays))
+        return tuple(_tree(arrays, f"{index}/", described) for index, described in trees)
 
 
-def _tree(
-    path: str | Path, arrays: dict[str, Array], index: int, described: dict[str, Any]
-) -> RecordedTree:
-    where = f"{archive.TREES}[{index}]"
-    archive.check_fields(path, where, described, _TREE_FIELDS)
-    actions = archive.count(path, where, described, "actions")
-    config = _search_config(path, described)
-    edges = (config.num_simulations + 1, actions)
-    shapes = {"root_logits": (actions,), "reward": edges, "value": edges}
-    shapes |= {"logits": (*edges, actions), "root_value": ()}
-    if archive.flag(path, where, described, "noise"):
+def _tree(arrays: Arrays, prefix: str, described: Description) -> RecordedTree:
+    described.require(*_TREE_FIELDS)
+    actions, config = described.count("actions"), described.search()
+    edges = (config.num_nodes, actions)
+    shapes: dict[str, tuple[int, ...]] = {"root_logits": (actions,), "legal": (actions,)}
+    shapes |= {"reward": edges, "value": edges, "logits": (*edges, actions), "root_value": ()}
+    if described.flag("noise"):
         shapes["noise"] = (actions,)
-    found = {
-        name: archive.check_array(path, arrays, f"{index}/{name}", shape)
-        for name, shape in shapes.items()
-    }
-    found["visits"] = _visits(path, arrays, f"{index}/visits", (actions,))
-    legal = archive.check_array(path, arrays, f"{index}/legal", (actions,)).astype(bool)
-    if not legal.any():
-        raise ValueError(f"{path}: {index}/legal allows no action")
+    found = {name: recording.take(arrays, prefix + name, size) for name, size in shapes.items()}
+    require(bool(found["legal"].any()), f"{prefix}legal allows no action")
     return RecordedTree(
         config=config,
         root_logits=found["root_logits"].astype(np.float32),
-        legal=legal,
+        legal=found["legal"].astype(bool),
         noise=found.get("noise"),
         reward=found["reward"],
         value=found["value"],
         logits=found["logits"],
-        visits=found["visits"],
+        visits=_visits(arrays, prefix, (actions,)),
         root_value=float(found["root_value"]),
     )
 
 
-def _visits(path: str | Path, arrays: dict[str, Array], name: str, shape: tuple[int, ...]) -> Array:
-    return archive.check_indices(path, arrays, name, shape, 0, MAX_SIMULATIONS)
-
-
-def _search_config(path: str | Path, described: dict[str, Any]) -> SearchConfig:
-    try:
-        return SearchConfig(described["simulations"], discount=described["discount"])
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: {error}") from error
+def _visits(arrays: Arrays, prefix: str, shape: tuple[int, ...]) -> Array:
+    return recording.take_indices(arrays, f"{prefix}visits", shape, 0, MAX_SIMULATIONS)
 
 
 def read_episodes(path: str | Path) -> EpisodeTrace:
@@ -143,93 +118,71 @@ def read_episodes(path: str | Path) -> EpisodeTrace:
       FileNotFoundError: no such file.
       ValueError: the file is no episode trace or is incomplete.
     """
-    arrays = archive.read_arrays(path)
-    described = archive.read_config(path, arrays)
-    where = archive.DESCRIPTION
-    archive.check_fields(path, where, described, _EPISODE_FIELDS)
-    num_heads, context_length = (
-        archive.count(path, where, described, name) for name in ("num_heads", "context_length")
-    )
-    search = _search_config(path, described)
-    episodes = tuple(_episode(path, arrays, seed) for seed in _seeds(path, described))
-    for other in episodes[1:]:
-        _check_alike(path, episodes[0], other)
-    return EpisodeTrace(
-        search=search,
-        environment=_environment(path, described),
-        num_heads=num_heads,
-        context_length=context_length,
-        support=_support(path, described),
-        window_mode=archive.window_mode(path, described),
-        episodes=episodes,
-    )
+    with recording.opened(path, "episodes") as arrays:
+        described = recording.describe(arrays)
+        described.require(*_EPISODE_FIELDS)
+        num_heads, context_length = map(described.count, _SIZES)
+        episodes = tuple(_episode(arrays, seed) for seed in _seeds(described["seeds"]))
+        for other in episodes[1:]:
+            _check_alike(episodes[0], other)
+        return EpisodeTrace(
+            search=described.search(),
+            environment=_environment(described["env"], described["obs_scale"]),
+            num_heads=num_heads,
+            context_length=context_length,
+            support=_support(described["support"]),
+            window_mode=described.window_mode(),
+            episodes=episodes,
+        )
 
 
-def _seeds(path: str | Path, described: dict[str, Any]) -> list[int]:
-    seeds: list[int] = described["seeds"]
-    numbers = isinstance(seeds, list) and all(type(seed) is int and seed >= 0 for seed in seeds)
-    if not numbers or not seeds:
-        raise ValueError(f"{path}: seeds must be a list of numbers, got {reprlib.repr(seeds)}")
-    if len(set(seeds)) < len(seeds):
-        raise ValueError(f"{path}: seeds must differ, got {reprlib.repr(seeds)}")
-    return seeds
+def _seeds(said: Any) -> list[int]:
+    numbers = isinstance(said, list) and all(type(seed) is int and seed >= 0 for seed in said)
+    told = f"got {reprlib.repr(said)}"
+    require(numbers and bool(said), f"seeds must be a list of numbers, {told}")
+    require(len(set(said)) == len(said), f"seeds must differ, {told}")
+    return list(said)
 
 
-def _support(path: str | Path, described: dict[str, Any]) -> tuple[int, int]:
-    match described["support"]:
+def _support(said: Any) -> tuple[int, int]:
+    match said:
         case [int(first), int(last)] if first < last:
             return first, last
-    raise ValueError(
-        f"{path}: support must be the first and the last bin, got"
-        f" {reprlib.repr(described['support'])}"
-    )
+    raise ValueError(f"support must be the first and the last bin, got {reprlib.repr(said)}")
 
 
-def _environment(path: str | Path, described: dict[str, Any]) -> EnvironmentConfig:
-    """What was played; a name "module:environment" would import that module."""
-    env_id, scale = described["env"], described["obs_scale"]
-    if isinstance(env_id, str) and ":" in env_id:
-        raise ValueError(f"{path}: env must name no module, got {env_id!r}")
-    try:
-        return EnvironmentConfig(env_id, tuple(scale) if isinstance(scale, list) else scale)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+def _environment(env_id: Any, scale: Any) -> EnvironmentConfig:
+    played = EnvironmentConfig(env_id, tuple(scale) if isinstance(scale, list) else scale)
+    check_stored_env("it", env_id)
+    return played
 
 
-def _check_alike(path: str | Path, first: Episode, other: Episode) -> None:
+def _check_alike(first: Episode, other: Episode) -> None:
     for name in ("observations", "visits"):
-        sizes = [getattr(episode, name).shape[1] for episode in (first, other)]
-        if sizes[0] != sizes[1]:
-            raise ValueError(
-                f"{path}: {name} of seed {first.seed} are {sizes[0]} wide, of seed {other.seed}"
-                f" {sizes[1]}"
-            )
+        wide, others = (getattr(episode, name).shape[1] for episode in (first, other))
+        told = f"{name} of seed {first.seed} are {wide} wide, of seed {other.seed} {others}"
+        require(wide == others, told)
 
 
-def _episode(path: str | Path, arrays: dict[str, Array], seed: int) -> Episode:
-    prefix = f"seed{seed}"
-    for name in ("obs", "visits"):
-        array = arrays.get(f"{prefix}/{name}")
-        if array is None:
-            raise ValueError(f"{path}: {prefix}/{name} is missing")
-        if array.ndim != 2 or array.size == 0:
-            raise ValueError(
-                f"{path}: {prefix}/{name} has shape {array.shape}, expected a row per step"
-            )
-    steps, num_actions = arrays[f"{prefix}/visits"].shape
-    shapes: dict[str, tuple[int, ...]] = {"root_value": (steps,)}
-    shapes |= {"obs": (steps, arrays[f"{prefix}/obs"].shape[1])}
-    shapes |= {"policy_logits": (steps, num_actions)}
-    found = {
-        name: archive.check_array(path, arrays, f"{prefix}/{name}", shape)
-        for name, shape in shapes.items()
-    }
-    actions = archive.check_indices(path, arrays, f"{prefix}/action", (steps,), 0, num_actions - 1)
+def _episode(arrays: Arrays, seed: int) -> Episode:
+    prefix = f"seed{seed}/"
+    _, size = _row_per_step(arrays, f"{prefix}obs")
+    steps, actions = _row_per_step(arrays, f"{prefix}visits")
+    taken = recording.take_indices(arrays, f"{prefix}action", (steps,), 0, actions - 1)
     return Episode(
         seed=seed,
-        observations=found["obs"].astype(np.float32),
-        actions=actions.astype(np.int32),
-        visits=_visits(path, arrays, f"{prefix}/visits", (steps, num_actions)),
-        root_values=found["root_value"],
-        policy_logits=found["policy_logits"],
+        observations=recording.take(arrays, f"{prefix}obs", (steps, size)).astype(np.float32),
+        actions=taken.astype(np.int32),
+        visits=_visits(arrays, prefix, (steps, actions)),
+        root_values=recording.take(arrays, f"{prefix}root_value", (steps,)),
+        policy_logits=recording.take(arrays, f"{prefix}policy_logits", (steps, actions)),
     )
+
+
+def _row_per_step(arrays: Arrays, name: str) -> tuple[int, int]:
+    """The shape of an array, not empty, whose rows are steps."""
+    require(name in arrays, f"{name} is missing")
+    match arrays[name].shape:
+        case (rows, columns) if rows and columns:
+            return rows, columns
+    raise ValueError(f"{name} has shape {arrays[name].shape}, expected a row per step")

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax import store as stores
-from kvjax.lightzero.traces import archive
+from kvjax.lightzero.traces import npz, recording
 from kvjax.lightzero.traces import trace as traces
 from kvjax.mcts.inference import Inference, initial_inference, recurrent_inference
 from kvjax.model import step
@@ -76,7 +76,7 @@ def verify(
     """Replays a trace of any kind.
 
     Args:
-      path: a trace, see `kvjax.lightzero.traces.archive`.
+      path: a trace, see `kvjax.lightzero.traces.recording`.
       route: "tree" finds each parent by its node index and carries the root windows from step to
         step; "store" looks both up by their latents, and a tree is the host's.
       tolerance: largest error that counts as equal: absolute, 1e-4, for a world model's answers;
@@ -91,7 +91,7 @@ def verify(
     if tolerance is not None and not 0.0 <= tolerance < math.inf:
         raise ValueError(f"tolerance must be at least 0 and finite, got {tolerance}")
     given = {} if tolerance is None else {"tolerance": tolerance}
-    kind = archive.kind(path, archive.read_arrays(path))
+    kind = recording.kind(path, npz.read_arrays(path))
     if kind == "episodes":
         return verify_episodes(path, route=route, agent=agent, **given)
     if agent is not None:
