@@ -6,11 +6,13 @@ In text a dot is an empty slot, as in the drawings of `kvjax.ops.window`.
 
 import dataclasses
 import html
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
+
+from kvjax.base.arrays import is_deleted
 
 Array = np.ndarray[Any, Any]
 
@@ -18,7 +20,7 @@ _MAX_ROWS = 8
 _MAX_SLOTS = 32
 _KV_RANK = 5  # of one item's window
 _BAR = 12
-_CELL = (
+_SLOT = (
     "display:inline-block;box-sizing:border-box;min-width:2.6em;height:1.7em;line-height:1.6em;"
     "margin:1px;padding:0 .3em;border-radius:3px;text-align:center;font:.75em monospace;"
 )
@@ -70,8 +72,7 @@ def _is_concrete(leaf: Any) -> bool:
 
 def _shapes(owner: Any) -> str:
     def named(value: Any) -> str:
-        deleted = isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer)
-        if deleted and value.is_deleted():
+        if is_deleted(value):
             return "moved away"
         if hasattr(value, "shape") and hasattr(value, "dtype"):
             return f"{value.dtype}[{','.join(map(str, value.shape))}]"
@@ -82,19 +83,34 @@ def _shapes(owner: Any) -> str:
     return f"{type(owner).__name__}({inside})"
 
 
-def _paragraph(title: str, lines: Iterable[str]) -> str:
-    lines = "".join(f"<div>{line}</div>" for line in lines)
-    return f'<div style="white-space:nowrap"><div>{html.escape(title)}</div>{lines}</div>'
+@dataclasses.dataclass(frozen=True)
+class _Slot:
+    kind: str  # of `_STYLES`
+    label: str = ""
+    opacity: float = 1.0
+
+    def html(self) -> str:
+        style = _SLOT + _STYLES[self.kind]
+        style += f";opacity:{self.opacity:.2f}" if self.opacity < 1.0 else ""
+        label = html.escape(self.label) or "&nbsp;"
+        return f'<span class="{self.kind}" style="{style}">{label}</span>'
 
 
-def _cell(kind: str, label: str = "", shade: float = 1.0) -> str:
-    shade_style = f";opacity:{shade:.2f}" if shade < 1.0 else ""
-    label = html.escape(label) or "&nbsp;"
-    return f'<span class="{kind}" style="{_CELL}{_STYLES[kind]}{shade_style}">{label}</span>'
+def _row(slots: Iterable[_Slot], *more: str) -> Picture:
+    """Slots side by side."""
+    slots = list(slots)
+    labels = " ".join(slot.label or "." for slot in slots)
+    drawn = "".join(slot.html() for slot in slots)
+    return Picture(" ".join([f"  [{labels}]", *more]), drawn + " ".join(more))
 
 
-def _text_row(labels: list[str]) -> str:
-    return f"[{' '.join(label or '.' for label in labels)}]"
+def _stacked(title: str, parts: Iterable[Picture], *more: str) -> Picture:
+    """Pictures one below the other."""
+    parts = [*parts, *(Picture(line, line) for line in more)]
+    text = "\n".join([title, *(part.text for part in parts)])
+    lines = "".join(f"<div>{part.html}</div>" for part in parts)
+    title = html.escape(title)
+    return Picture(text, f'<div style="white-space:nowrap"><div>{title}</div>{lines}</div>')
 
 
 def _more(hidden: int, what: str) -> list[str]:
@@ -118,31 +134,25 @@ def window(name: str, kv: Any, length: Any, pad: Any = 0) -> Picture | None:
     rows, capacity, layers, _, heads, size = kv.shape
     shape = f"{capacity} slots, {layers} layers, {heads} heads of {size}, {kv.dtype}"
     held = ", ".join(map(str, lengths[:_MAX_ROWS])) + (", ..." if rows > _MAX_ROWS else "")
-    title = f"{name}: {held} of {shape}"
-    firsts = kv[..., 0, 0, 0, 0]
-    lines, cells = [], []
-    for row in range(min(rows, _MAX_ROWS)):
-        labels, kinds = _slots(firsts[row], int(lengths[row]), int(pads[row]))
-        lines.append("  " + _text_row(labels))
-        cells.append("".join(map(_cell, kinds, labels)))
-    more = _more(rows - _MAX_ROWS, "rows")
-    return Picture("\n".join([title, *lines, *more]), _paragraph(title, [*cells, *more]))
+    firsts = kv[:_MAX_ROWS, ..., 0, 0, 0, 0]
+    drawn = [
+        _row(_slots(*row)) for row in zip(firsts, lengths.tolist(), pads.tolist(), strict=False)
+    ]
+    return _stacked(f"{name}: {held} of {shape}", drawn, *_more(rows - _MAX_ROWS, "rows"))
 
 
-def _slots(firsts: Array, length: int, pad: int) -> tuple[list[str], list[str]]:
+def _slots(firsts: Array, length: int, pad: int) -> Iterator[_Slot]:
     """What stands in each slot, and what kind of slot it is."""
-    shown = min(len(firsts), _MAX_SLOTS)
-    labels, kinds = [""] * shown, ["empty"] * shown
-    for slot in range(shown):
+    capacity = len(firsts)
+    for slot, first in enumerate(firsts[:_MAX_SLOTS].tolist()):
         if slot < pad:
-            kinds[slot] = "pad"
+            yield _Slot("pad")
         elif slot < pad + length:
-            labels[slot], kinds[slot] = f"{float(firsts[slot]):.2g}", "token"
-        elif slot >= len(firsts) - 3:
-            kinds[slot] = "free"  # what every slide empties
-    if shown < len(firsts):
-        labels, kinds = [*labels, "..."], [*kinds, "empty"]
-    return labels, kinds
+            yield _Slot("token", f"{first:.2g}")
+        else:
+            yield _Slot("free" if slot >= capacity - 3 else "empty")  # what every slide empties
+    if capacity > _MAX_SLOTS:
+        yield _Slot("empty", "...")
 
 
 def pool(name: str, live: Any, rank: Any, segments: int, eviction: str) -> Picture:
@@ -155,28 +165,24 @@ def pool(name: str, live: Any, rank: Any, segments: int, eviction: str) -> Pictu
       segments: P.
       eviction: the pool's policy.
     """
-    live = np.asarray(live).reshape(segments, -1)
-    rank = np.asarray(rank).reshape(segments, -1)
+    live, rank = (np.asarray(x).reshape(segments, -1) for x in (live, rank))
     title = f"{name}: {int(live.sum())} of {live.size} slots used, {eviction}"
     title += f", {segments} segments" if segments > 1 else ""
-    lines, cells = [], []
-    for used, ranks in zip(live[:_MAX_ROWS], rank[:_MAX_ROWS], strict=True):
-        order = {int(slot): at for at, slot in enumerate(np.argsort(ranks, kind="stable"), 1)}
-        older = {slot: sum(used[s] for s in order if order[s] <= order[slot]) for slot in order}
-        shown = range(min(len(used), _MAX_SLOTS))
-        labels = [str(older[slot]) if used[slot] else "" for slot in shown]
-        total, hidden = max(int(used.sum()), 1), _more(len(used) - _MAX_SLOTS, "slots")
-        shades = [1.0 - 0.6 * older[slot] / (total + 1) for slot in shown]  # the oldest is darkest
-        lines.append(" ".join(["  " + _text_row(labels), *hidden]))
-        cells.append(
-            "".join(
-                _cell("token", label, shade) if label else _cell("empty")
-                for label, shade in zip(labels, shades, strict=True)
-            )
-        )
-        cells[-1] += " ".join(hidden)
-    more = _more(segments - _MAX_ROWS, "segments")
-    return Picture("\n".join([title, *lines, *more]), _paragraph(title, [*cells, *more]))
+    hidden = _more(live.shape[1] - _MAX_SLOTS, "slots")
+    drawn = [_row(_aged(*row), *hidden) for row in zip(live[:_MAX_ROWS], rank, strict=False)]
+    return _stacked(title, drawn, *_more(segments - _MAX_ROWS, "segments"))
+
+
+def _aged(used: Array, rank: Array) -> list[_Slot]:
+    """Slots of a segment; the oldest is darkest."""
+    order = np.argsort(rank, kind="stable")
+    place = np.empty(len(used), int)
+    place[order] = np.cumsum(used[order])
+    total = 1 + max(int(used.sum()), 1)
+    return [
+        _Slot("token", str(at), 1.0 - 0.6 * at / total) if is_used else _Slot("empty")
+        for is_used, at in zip(used[:_MAX_SLOTS], place.tolist(), strict=False)
+    ]
 
 
 def store(pictures: list[Picture | None], epoch: Any, counters: dict[str, int]) -> Picture | None:
@@ -184,10 +190,7 @@ def store(pictures: list[Picture | None], epoch: Any, counters: dict[str, int]) 
     asked, missed = counters["root_queries"] + counters["queries"], counters["misses"]
     title = f"Store: epoch {int(epoch)}, {asked} look-ups, {missed} misses"
     drawn = [picture for picture in pictures if picture is not None]
-    if len(drawn) < len(pictures):
-        return None
-    texts = "\n".join(picture.text for picture in drawn)
-    return Picture(f"{title}\n{texts}", _paragraph(title, [picture.html for picture in drawn]))
+    return _stacked(title, drawn) if len(drawn) == len(pictures) else None
 
 
 def search_output(out: Any) -> Picture | None:
@@ -200,30 +203,29 @@ def search_output(out: Any) -> Picture | None:
     visits = np.asarray(out.visit_counts)
     if visits.ndim != 2:
         return None
-    rows = len(visits)
-    title = f"SearchOutput: {rows} rows, {visits.shape[1]} actions"
-    lines, tables = [], []
-    for row in range(min(rows, _MAX_ROWS)):
-        head = (
-            f"row {row}: action {int(out.action[row])}, value {float(out.root_value[row]):.3g}"
-            f" (network {float(out.network_value[row]):.3g}),"
-            f" mean depth {float(out.mean_depth[row]):.3g}"
-        )
-        table = list(_actions(visits[row], out.q_values[row], out.prior[row]))
-        lines += ["  " + head, "    action  visits  bar           q       prior"]
-        lines += [
-            f"    {action:<6}  {count:<6}  {'#' * round(_BAR * share):<{_BAR}}  {q:<6.3g}  {p:.3f}"
-            for action, count, share, q, p in table
-        ]
-        tables.append(html.escape(head) + _action_table(table, int(out.action[row])))
-    more = _more(rows - _MAX_ROWS, "rows")
-    return Picture("\n".join([title, *lines, *more]), _paragraph(title, [*tables, *more]))
+    rows, actions = visits.shape
+    drawn = [_searched(out, row, visits[row]) for row in range(min(rows, _MAX_ROWS))]
+    title = f"SearchOutput: {rows} rows, {actions} actions"
+    return _stacked(title, drawn, *_more(rows - _MAX_ROWS, "rows"))
 
 
-def _actions(visits: Array, q: Any, prior: Any) -> Iterable[tuple[int, int, float, float, float]]:
-    most = max(int(visits.max()), 1)
-    for action, count in enumerate(visits):
-        yield action, int(count), int(count) / most, float(q[action]), float(prior[action])
+def _searched(out: Any, row: int, visits: Array) -> Picture:
+    head = (
+        f"row {row}: action {int(out.action[row])}, value {float(out.root_value[row]):.3g}"
+        f" (network {float(out.network_value[row]):.3g}),"
+        f" mean depth {float(out.mean_depth[row]):.3g}"
+    )
+    most, columns = max(int(visits.max()), 1), (visits, out.q_values[row], out.prior[row])
+    table = [
+        (action, int(count), int(count) / most, float(q), float(prior))
+        for action, (count, q, prior) in enumerate(zip(*columns, strict=True))
+    ]
+    lines = [
+        f"    {action:<6}  {count:<6}  {'#' * round(_BAR * share):<{_BAR}}  {q:<6.3g}  {p:.3f}"
+        for action, count, share, q, p in table
+    ]
+    text = "\n".join(["  " + head, "    action  visits  bar           q       prior", *lines])
+    return Picture(text, html.escape(head) + _action_table(table, int(out.action[row])))
 
 
 def _action_table(table: list[tuple[int, int, float, float, float]], taken: int) -> str:

@@ -101,8 +101,8 @@ def hand_over(array: jax.Array) -> Any:
     Returns:
       A tensor that may be written to, since nobody can read the array any more.
     """
-    # The capsule itself: torch.from_dlpack asks for devices and versions, which takes a third more.
-    tensor = _torch_dlpack().from_dlpack(array.block_until_ready().__dlpack__())
+    # The capsule itself: of an array torch asks for devices and versions, which takes a third more.
+    tensor = _torch().from_dlpack(array.block_until_ready().__dlpack__())
     array.delete()
     return tensor
 
@@ -142,13 +142,6 @@ def _torch() -> Any:
     import torch
 
     return torch
-
-
-@functools.cache
-def _torch_dlpack() -> Any:
-    from torch.utils import dlpack
-
-    return dlpack
 
 
 def writable_view(array: jax.Array) -> np.ndarray[Any, Any]:
@@ -202,8 +195,7 @@ def require_shared_device(device: Any) -> None:
 
 
 def _to_tensor(leaf: Any) -> Any:
-    import torch
-
+    torch = _torch()
     if isinstance(leaf, torch.Tensor):
         return leaf.detach().clone(memory_format=torch.contiguous_format)
     if isinstance(leaf, jax.core.Tracer):
@@ -236,8 +228,7 @@ def _to_array(leaf: Any) -> jax.Array:
 
 def _plain(tensor: Any) -> Any:
     """A tensor's values in a form that jax can view: the tensor's own memory or a copy."""
-    import torch
-
+    torch = _torch()
     if not isinstance(tensor, torch.Tensor):
         raise ValueError(f"expected a torch tensor, got {type(tensor).__name__}")
     if tensor.layout is not torch.strided or tensor.is_quantized:
@@ -251,8 +242,7 @@ def _plain(tensor: Any) -> Any:
 
 def _narrow(tensor: Any) -> Any:
     """Replaces 64-bit numbers by the 32-bit ones that jax keeps."""
-    import torch
-
+    torch = _torch()
     narrower = {
         torch.float64: torch.float32,
         torch.complex128: torch.complex64,
@@ -293,13 +283,10 @@ def _lend(tensor: Any) -> tuple[jax.Array, threading.Event]:
 
 def _wait_for(returned: threading.Event) -> None:
     """Waits for memory to be returned; if somebody keeps a view of it, for all computations."""
-    computing = None
-    while not returned.wait(_PAUSE_S):
-        if computing is None:
-            computing = jax.live_arrays()  # type: ignore[no-untyped-call]
-        computing = [array for array in computing if not _is_done(array)]
-        if not computing:
-            return
+    computing = [] if returned.wait(_PAUSE_S) else jax.live_arrays()  # type: ignore[no-untyped-call]
+    for array in computing:
+        while not (_is_done(array) or returned.wait(_PAUSE_S)):
+            pass
 
 
 def _is_done(array: jax.Array) -> bool:

@@ -90,9 +90,10 @@ def describe(value: Any) -> str:
 
 def require_count(name: str, value: Any) -> int:
     """The value as an `int`; raises `ValueError` unless it is a positive integer, numpy's too."""
-    is_integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    require(is_integer and bool(value >= 1), f"{name} must be a positive integer, got {value!r}")
-    return int(value)
+    count: int = _plain(value)
+    is_count = is_integer(count) and count >= 1
+    require(is_count, f"{name} must be a positive integer, got {value!r}")
+    return count
 
 
 def require_positive(owner: Any, *names: str) -> None:

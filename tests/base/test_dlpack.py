@@ -316,7 +316,7 @@ def test_other_dtypes_are_not_shared():
 
 def test_sharing_waits_and_warns_nobody():
     program = (
-        "import warnings, jax, jax.numpy as jnp; from kvjax import dlpack;"
+        "import warnings, jax, jax.numpy as jnp; from kvjax.base import dlpack;"
         "warnings.simplefilter('error');"
         "slow = jax.jit(lambda x: jax.lax.fori_loop(0, 200, lambda i, y: y @ x, x));"
         "print(dlpack.share(slow(jnp.eye(300)))[:2].tolist())"
