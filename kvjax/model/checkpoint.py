@@ -4,14 +4,16 @@ The file carries a digest of all three. What an earlier version wrote has none, 
 warning.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.resources
 import json
 import logging
 import struct
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -35,7 +37,6 @@ _DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float
 
 _HEADER_SIZE = struct.Struct("<Q")
 _SIZES = ("embed_dim", "num_actions", "observation_size", "max_tokens", "support_size")
-_IMAGE_SIZES = ("image_channels",)
 _COUNTS = ("num_layers", "image_blocks")
 
 _log = logging.getLogger(__name__)
@@ -158,14 +159,19 @@ def _digest(description: dict[str, Any], tensors: Tensors) -> str:
     return digest.hexdigest()
 
 
-def _described(path: Path, text: str) -> dict[str, Any]:
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
     try:
-        described = json.loads(text)
-    except (RecursionError, ValueError) as error:
+        yield
+    except (KeyError, TypeError, AttributeError, RecursionError, ValueError) as error:
         raise ValueError(f"{path} holds a configuration that kvjax cannot read: {error}") from error
-    is_known = isinstance(described, dict) and described.keys() <= _ENTRIES
-    require(is_known, f"{path} holds a configuration that kvjax cannot read: {text[:80]}")
-    return cast("dict[str, Any]", described)
+
+
+def _described(path: Path, text: str) -> dict[str, Any]:
+    with _reading(path):
+        described: dict[str, Any] = json.loads(text)
+        require(isinstance(described, dict) and described.keys() <= _ENTRIES, text[:80])
+    return described
 
 
 def _check_digest(path: Path, described: dict[str, Any], tensors: Tensors) -> None:
@@ -179,14 +185,11 @@ def _check_digest(path: Path, described: dict[str, Any], tensors: Tensors) -> No
 
 def _parse(path: Path, described: dict[str, Any]) -> Checkpoint:
     """A checkpoint without its weights."""
-    try:
+    with _reading(path):
         config = WorldModelConfig(**_with_tuples(described["config"]))
         environment = described["environment"]
         known = None if environment is None else EnvironmentConfig(**_with_tuples(environment))
-        notes = tuple(map(str, described.get("notes", ())))
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{path} holds a configuration that kvjax cannot read: {error}") from error
-    return Checkpoint(config, {}, known, notes)
+        return Checkpoint(config, {}, known, tuple(map(str, described.get("notes", ()))))
 
 
 def _with_tuples(fields: dict[str, Any]) -> dict[str, Any]:
@@ -211,11 +214,9 @@ def _checked_params(path: Path, config: WorldModelConfig, tensors: Tensors) -> P
 def _check_sizes(path: Path, config: WorldModelConfig, tensors: Tensors) -> None:
     """Before a model of these sizes is traced: a size is a side of some tensor."""
     longest = max((side for tensor in tensors.values() for side in tensor.shape), default=0)
-    sizes = _SIZES + (_IMAGE_SIZES if config.image_shape else ())
+    sizes = (*_SIZES, "image_channels") if config.image_shape else _SIZES
     limits = dict.fromkeys(sizes, longest) | dict.fromkeys(_COUNTS, len(tensors))
     for name, limit in limits.items():
-        value = getattr(config, name)
-        require(
-            value is None or value <= limit,
-            f"{path} says {name} {value}, its tensors allow {limit} at most",
-        )
+        value = getattr(config, name) or 0
+        told = f"{path} says {name} {value}, its tensors allow {limit} at most"
+        require(value <= limit, told)

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from kvjax.config import WindowMode
-from kvjax.lightzero.checkpoint.configuration import SAID, check_names
 from kvjax.lightzero.checkpoint.described import CLIP
+from kvjax.lightzero.checkpoint.reading import SAID, check_names, read
 from kvjax.model import checkpoint
 from kvjax.model.checkpoint import Checkpoint
 
@@ -54,8 +54,6 @@ def find_agent(source: str | Path, *, env: str | None = None, **options: Any) ->
     said = {name: value for name, value in options.items() if value is not None}
     if path.suffix == checkpoint.SUFFIX:
         return _find_own(path, said, env)
-    from kvjax.lightzero.checkpoint.reading import read
-
     imported = read(path, **said)
     agent = Checkpoint(imported.config, imported.params, notes=imported.notes)
     return Found(agent, imported.ignored, imported.origins)

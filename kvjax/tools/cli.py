@@ -21,8 +21,8 @@ from kvjax import __version__
 from kvjax.base import files
 from kvjax.base.values import listed
 from kvjax.config import WINDOW_MODES, EnvironmentConfig, SearchConfig
-from kvjax.lightzero.checkpoint import experiment
-from kvjax.lightzero.checkpoint.configuration import SAID
+from kvjax.lightzero.checkpoint import described
+from kvjax.lightzero.checkpoint.reading import SAID
 from kvjax.model import checkpoint
 from kvjax.model.checkpoint import Checkpoint
 from kvjax.tools.agent import Found, find_agent
@@ -255,7 +255,7 @@ def _origins(found: Found) -> list[str]:
         "window_mode": f'window mode "{config.window_mode}"',
     }
     for name in ("image_shape", "simnorm_group", "rope_theta", "support"):
-        if origins[name] == SAID or origins[name].endswith(experiment.NAMES):
+        if origins[name] == SAID or origins[name].endswith(described.NAMES):
             shown[name] = f"{name} {getattr(config, name)}"
     return [f"{text}, {origins[name]}" for name, text in shown.items()]
 

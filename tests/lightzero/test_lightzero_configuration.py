@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from kvjax import lightzero
-from kvjax.lightzero.checkpoint import experiment
+from kvjax.lightzero.checkpoint import described
 from kvjax.lightzero.checkpoint.reading import read
 from kvjax.model import checkpoint
 from kvjax.model.checkpoint import Checkpoint
@@ -106,7 +106,7 @@ ODD = {
     "unary nesting": "exp_config = " + "-" * 200_000 + "1",
     "brackets": "exp_config = " + "[" * 200_000,
     "attributes": "exp_config = x" + ".x" * 200_000,
-    "too large": total_config() + "#" * experiment.MAX_BYTES,
+    "too large": total_config() + "#" * described.MAX_BYTES,
     "odd escapes": f"x = '\\d'\n{total_config(num_heads=..., context_length=...)}",
     "numbers of no use": total_config(num_heads=True, context_length="8"),
     "a call": total_config().replace("'num_heads': 2", "'num_heads': int('2')"),

@@ -1,19 +1,34 @@
 """What a UniZero model's own configuration tells beside its tensors.
 
-Release 0.2.0 and main write it to a live model and into a run's `total_config.py`.
+Release 0.2.0 and main write it to a live model, and to a run's `total_config.py`, which is read and
+never executed. That file lies in a run's folder, checkpoints in its `ckpt`. It is Python:
+`exp_config = {...}`, or `main_config = dict(...)` in its formatted twin. Only literals are taken.
 """
 
+import ast
 import dataclasses
-import sys
 import types
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from kvjax.base import files
+from kvjax.base.values import is_integer, is_number
 from kvjax.config import WindowMode
 from kvjax.lightzero import module
-from kvjax.lightzero.checkpoint import encoder_tensors, experiment
 
 CLIP = "use_policy_logits_clip"
+
+NAMES = ("total_config.py", "formatted_total_config.py")
+
+MAX_BYTES = 2**20
+"""A larger file is no such configuration: they have about 10 kB."""
+
+_VARIABLES = ("exp_config", "main_config")
+_DICTIONARIES = ("dict", "EasyDict")
+_PATH = ("policy", "model")
+_WORLD_MODEL = "world_model_cfg"
 
 _FIELDS = {
     "embed_dim": "embed_dim",
@@ -45,18 +60,22 @@ class Described:
 def by_file(checkpoint: Path) -> Described:
     """What the run's configuration beside a checkpoint says; nothing where there is none.
 
+    Args:
+      checkpoint: its folder and the one above are looked through.
+
     Raises:
       ValueError: it describes a variant that kvjax does not have.
     """
-    found = experiment.find(checkpoint)
-    if found is None:
-        return Described()
-    path, world_model, model = found
-    try:
-        fields = _fields(types.SimpleNamespace(**world_model)) | _model_fields(model)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    return Described(fields, str(path), bool(world_model.get(CLIP, False)))
+    folder = checkpoint.absolute().parent
+    for path in (place / name for place in (folder, folder.parent) for name in NAMES):
+        model = _model_entries(path)
+        entries = dict(_entries(model.get(_WORLD_MODEL)))
+        if entries:
+            said = types.SimpleNamespace(**_literals(entries))
+            with files.naming(path):
+                fields = _fields(said) | _model_fields(_literals(model))
+            return Described(fields, str(path), bool(getattr(said, CLIP, False)))
+    return Described()
 
 
 def by_module(source: Any) -> Described:
@@ -70,7 +89,7 @@ def by_module(source: Any) -> Described:
     if config is None:
         raise ValueError(f"{type(source).__name__} has no config: expected a LightZero WorldModel")
     encoder = getattr(getattr(source, "tokenizer", None), "encoder", None)
-    fields = _fields(config) | encoder_tensors.module_options(encoder)
+    fields = _fields(config) | _encoder_fields(encoder)
     return Described(fields, "the model", bool(getattr(config, CLIP, False)))
 
 
@@ -82,19 +101,26 @@ def _fields(config: Any) -> dict[str, Any]:
         raise ValueError(f"{' and '.join(modes)} exclude each other")
     if modes or hasattr(config, "rotary_emb"):
         fields["window_mode"] = _MODES[modes[0]] if modes else "learned"
-    theta = getattr(config, "rope_theta", None)
-    if getattr(config, "rotary_emb", False) and theta is not None and _is_number(theta):
+    theta: Any = getattr(config, "rope_theta", None)
+    if getattr(config, "rotary_emb", False) and is_number(theta):
         fields["rope_theta"] = float(theta)
     return fields
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return is_integer(value) and value > 0
 
 
-def _is_number(value: Any) -> bool:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and abs(value) < sys.maxsize
+def _encoder_fields(encoder: Any) -> dict[str, Any]:
+    """What a live encoder tells, or {}; refuses another norm or activation."""
+    norm = getattr(encoder, "final_norm_option_in_encoder", "SimNorm")
+    if norm not in ("SimNorm", "LayerNorm"):
+        raise ValueError(f"unsupported variant: image encoders that end in {norm}")
+    activation = getattr(encoder, "activation", None)
+    if activation is not None and getattr(activation, "approximate", None) != "tanh":
+        raise ValueError(f"unsupported variant: image encoders with activation {activation}")
+    shape = getattr(encoder, "observation_shape", None)
+    return {"image_shape": tuple(map(int, shape))} if isinstance(shape, tuple | list) else {}
 
 
 def _model_fields(model: dict[str, Any]) -> dict[str, Any]:
@@ -115,9 +141,55 @@ def _model_fields(model: dict[str, Any]) -> dict[str, Any]:
 
 def _bins(said: Any) -> tuple[int, int] | None:
     """First and last bin of `(start, stop, step)`, or None where a step is not 1."""
-    if not (isinstance(said, tuple | list) and len(said) == 3 and all(map(_is_number, said))):
+    if not (isinstance(said, tuple | list) and len(said) == 3 and all(map(is_number, said))):
         return None
     start, stop, step = map(float, said)
     if step != 1.0 or not (start.is_integer() and stop.is_integer()):
         return None
     return int(start), int(stop) - 1
+
+
+def _model_entries(path: Path) -> dict[str, ast.expr]:
+    """The entries of `policy.model`, not evaluated; none where the file is no configuration."""
+    try:
+        if not path.is_file() or path.stat().st_size > MAX_BYTES:
+            return {}
+        with warnings.catch_warnings(action="ignore"):  # of odd escapes in somebody's texts
+            tree = ast.parse(path.read_bytes())
+    except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
+        return {}
+    for statement in tree.body:
+        if isinstance(statement, ast.Assign) and _is_configuration(statement.targets):
+            node: ast.expr | None = statement.value
+            for name in _PATH:
+                node = dict(_entries(node)).get(name)
+            return dict(_entries(node))
+    return {}
+
+
+def _is_configuration(targets: list[ast.expr]) -> bool:
+    return any(isinstance(target, ast.Name) and target.id in _VARIABLES for target in targets)
+
+
+def _entries(node: ast.expr | None) -> Iterator[tuple[str, ast.expr]]:
+    """Names and values of a dictionary, written with braces or as a call."""
+    if isinstance(node, ast.Dict):
+        for key, value in zip(node.keys, node.values, strict=True):
+            if isinstance(key, ast.Constant) and isinstance(key.value, str):
+                yield key.value, value
+    elif isinstance(node, ast.Call) and getattr(node.func, "id", None) in _DICTIONARIES:
+        for argument in node.args:
+            yield from _entries(argument)
+        for keyword in node.keywords:
+            if keyword.arg is not None:
+                yield keyword.arg, keyword.value
+
+
+def _literals(entries: dict[str, ast.expr]) -> dict[str, Any]:
+    found = {}
+    for name, node in entries.items():
+        try:
+            found[name] = ast.literal_eval(node)
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+            continue  # an object's picture, a call, a number too large: not said
+    return found

@@ -9,52 +9,22 @@ tensors is refused.
 import dataclasses
 import logging
 import os
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
-import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
-
 from kvjax.base.values import listed, require
-from kvjax.config import WorldModelConfig
+from kvjax.config import POOLED_SIDES, WorldModelConfig
 from kvjax.lightzero import module
-from kvjax.lightzero.checkpoint import (
-    configuration,
-    described,
-    encoder_tensors,
-    shapes,
-    tensors,
-    torch_file,
-)
+from kvjax.lightzero.checkpoint import described, tensors, torch_file, variables
 from kvjax.lightzero.checkpoint.described import CLIP, Described
-from kvjax.lightzero.checkpoint.tensors import Tensors
-from kvjax.model import world_model
+from kvjax.lightzero.checkpoint.tensors import Sorted
 from kvjax.model.world_model import Params
 
-_UNSUPPORTED = {
-    r"transformer\.blocks\.\d+\.gate[12]\.": "GRU gating",
-    r"transformer\.blocks\.\d+\.(experts|feed_forward\.(experts|gate))\.": "mixture of experts",
-    r".*\.lora_": "LoRA adapters",
-    r"act_embedding_table\.0\.": "continuous actions",
-    r".*task_emb|head_\w+_multi_task\.": "multi-task models",
-    r"head_\w+\.head_module\.\d+\.(experts|gate|phi)\b": "heads with a mixture of experts",
-    r".*register_token": "register tokens",
-}
+SAID, FROM_TENSORS, BY_DEFAULT = "as you said", "from the tensors", "by default"
 
-_LEAVES = {
-    "kernel": "weight",
-    "bias": "bias",
-    "scale": "weight",
-    "embedding": "weight",
-    "mean": "running_mean",
-    "var": "running_var",
-}
-"""Flax's leaf names and torch's."""
-
-_FEED_FORWARD = {"0.2.0": "mlp", "main": "feed_forward"}
+_ASKED = ("num_heads", "context_length")
+"""What LightZero's tensors do not tell."""
 
 _log = logging.getLogger(__name__)
 
@@ -108,13 +78,13 @@ def read(source: Any, **options: Any) -> Imported:
     said = {name: value for name, value in options.items() if value is not None}
     clip = said.pop(CLIP, None)
     require(clip in (None, "ignore"), f'{CLIP} can only be "ignore", got {clip!r}')
-    configuration.check_names(said)
+    check_names(said)
     told, state = _open(source)
     found = tensors.sort(state)
-    _refuse_unsupported(found)
+    tensors.refuse_variants(found)
     notes = _clip_notes(found, told, clip)
-    config, origins = configuration.configure(found, said, told)
-    params = _to_flax(found.weights, config)
+    config, origins = _configure(found, said, told)
+    params = variables.from_tensors(found.weights, config)
     return Imported(config, params, found.ignored, origins, notes)
 
 
@@ -134,7 +104,7 @@ def _open(source: Any) -> tuple[Described, Any]:
     return told, source.get("model", source)
 
 
-def _clip_notes(found: tensors.Sorted, told: Described, clip: str | None) -> tuple[str, ...]:
+def _clip_notes(found: Sorted, told: Described, clip: str | None) -> tuple[str, ...]:
     """Refuses clipped logits, or says what it means to ignore that they are clipped."""
     bounds = tensors.CLIP_BOUND in found.telling
     if not (bounds if told.clips_logits is None else told.clips_logits):
@@ -152,63 +122,91 @@ def _clip_notes(found: tensors.Sorted, told: Described, clip: str | None) -> tup
     return (note,)
 
 
-def _refuse_unsupported(found: tensors.Sorted) -> None:
-    weights = found.weights
-    for pattern, variant in _UNSUPPORTED.items():
-        for name in weights:
-            if re.match(pattern, name):
-                raise ValueError(f"unsupported variant: {variant} (tensor {name})")
-    encoder_tensors.refuse_unsupported(weights)
-    for head in shapes.HEADS.values():
-        name = f"{head}.head_module.1.weight"
-        hidden, width = (weights[name].shape if name in weights else (0, 1))[:2]
-        require(
-            hidden != width,
-            f"unsupported variant: multi-task heads ({name} has {hidden} rows of {width} numbers;"
-            " main's models of one task have four times as many rows)",
+def check_names(options: Mapping[str, Any]) -> None:
+    """Raises `ValueError` for options that are no fields of `WorldModelConfig`."""
+    known = sorted(field.name for field in dataclasses.fields(WorldModelConfig))
+    if unknown := options.keys() - set(known):
+        raise ValueError(
+            f"unknown options {listed(unknown)}; known are {', '.join([*known, CLIP])}"
         )
-    has_rotations = any(name.endswith(tensors.ROTATIONS) for name in found.telling)
-    is_early = shapes.layout(weights) == "0.2.0" and not has_rotations  # else it saves them
-    if is_early and shapes.FINAL_NORM in weights:
-        shapes.shape_of(weights, shapes.POSITIONS, 2)
 
 
-def _modules(config: WorldModelConfig) -> Iterator[tuple[str, str]]:
-    """Flax module paths and the torch modules that they come from."""
-    yield from encoder_tensors.modules(config)
-    yield "position_embedding", "pos_emb"
-    yield "action_embedding", "act_embedding_table"
-    feed_forward = _FEED_FORWARD[config.layout]
-    layers = {"attention_norm": "ln1", "feed_forward_norm": "ln2", "projection": "attn.proj"}
-    layers |= {name: f"attn.{name}" for name in ("query", "key", "value")}
-    layers |= {"expand": f"{feed_forward}.0", "contract": f"{feed_forward}.2"}
-    for block in range(config.num_layers):
-        for name, torch_name in layers.items():
-            yield f"blocks_{block}/{name}", f"transformer.blocks.{block}.{torch_name}"
-    yield "final_norm", "transformer.ln_f"
-    for head, torch_head in shapes.HEADS.items():
-        for layer, index in shapes.HEAD_LAYERS[config.layout].items():
-            yield f"{head}/{layer}", f"{torch_head}.head_module.{index}"
-    yield "latent_final/norm", shapes.LATENT_NORM
+def _configure(
+    found: Sorted, said: dict[str, Any], told: Described
+) -> tuple[WorldModelConfig, dict[str, str]]:
+    """The configuration, and where each of its fields is from: options win over what is told."""
+    inferred = tensors.inferred_fields(found)
+    for name in sorted(inferred.keys() & said.keys()):
+        if name != "support" and not _agree(name, said[name], inferred[name]):
+            raise ValueError(f"{name}={said[name]!r}, but the tensors say {inferred[name]!r}")
+    own = _own_fields(told, said, inferred)
+    _warn_of_differences(said, own, told.origin)
+    config = _build(inferred | own | said)
+    bins = tensors.support_size(found.weights)
+    if config.support_size != bins:
+        raise ValueError(f"support {config.support} has {config.support_size} bins, not {bins}")
+    tensors.check_positions(config, found)
+    origins = dict.fromkeys((field.name for field in dataclasses.fields(config)), BY_DEFAULT)
+    origins |= dict.fromkeys(inferred.keys() - {"support"}, FROM_TENSORS)
+    origins |= dict.fromkeys(own, f"from {told.origin}") | dict.fromkeys(said, SAID)
+    _warn_of_a_guessed_side(config, origins)
+    return config, origins
 
 
-def _to_flax(weights: Tensors, config: WorldModelConfig) -> Params:
-    """Fills the model's variables; every tensor is used, none is missing, all are finite."""
-    modules = dict(_modules(config))
-    expected = flatten_dict(world_model.params_shapes(config))
-    remaining = dict(weights)
-    params = {}
-    for path, leaf in expected.items():
-        name = f"{modules['/'.join(path[1:-1])]}.{_LEAVES[path[-1]]}"
-        if name not in remaining:
-            raise ValueError(f"missing tensor {name}")
-        value, shape = remaining.pop(name), leaf.shape
-        is_kernel = path[-1] == "kernel"  # flax keeps [.., in, out], torch [out, in, ..]
-        if is_kernel:
-            shape = (shape[-1], shape[-2], *shape[:-2])
-        world_model.check_parameter(name, value, shape)
-        value = np.moveaxis(value, (1, 0), (-2, -1)) if is_kernel else value
-        params[path] = jnp.array(value, leaf.dtype)
-    if remaining:
-        raise ValueError(f"tensors that kvjax does not know: {listed(remaining)}")
-    return unflatten_dict(params)
+def _build(fields: dict[str, Any]) -> WorldModelConfig:
+    for name in _ASKED:
+        if name not in fields:
+            raise ValueError(
+                f"{name} is not stored in a LightZero checkpoint: pass {name}=..., or keep the"
+                " run's total_config.py beside the file"
+            )
+    if fields["max_tokens"] is None:
+        fields = {"window_mode": "rope_lightzero"} | fields
+    return WorldModelConfig(**fields)
+
+
+def _own_fields(told: Described, said: dict[str, Any], inferred: dict[str, Any]) -> dict[str, Any]:
+    """What a model's own configuration adds; nothing where it describes another model."""
+    fields = dict(told.fields)
+    if "image_shape" not in inferred:
+        fields.pop("image_shape", None)  # a state dict without its encoder, or a vector's
+    tensors_say = inferred | {"window_mode": "rope" if inferred["max_tokens"] is None else "table"}
+    for name in sorted(fields.keys() & tensors_say.keys()):
+        if _agree(name, fields[name], tensors_say[name]):
+            continue
+        problem = f"{told.origin} says {name}={fields[name]!r}, the tensors {tensors_say[name]!r}"
+        if not said.keys() >= set(_ASKED):
+            raise ValueError(
+                f"{problem}: it describes another model; pass {' and '.join(_ASKED)} to leave it"
+                " unread"
+            )
+        _log.warning("%s: it is left unread", problem)
+        return {}
+    return fields
+
+
+def _agree(name: str, value: Any, tensors_say: Any) -> bool:
+    """Whether a field may be what is said; images of sides that are pooled alike are alike."""
+    if name == "window_mode":
+        return bool(value.startswith("rope") == (tensors_say == "rope"))
+    if name == "support":
+        return bool(value[1] - value[0] == tensors_say[1] - tensors_say[0])
+    if name == "image_shape" and isinstance(value, tuple | list):
+        planes, side, _ = tensors_say
+        sides = POOLED_SIDES if side in POOLED_SIDES else (side,)
+        return tuple(value) in {(planes, side, side) for side in sides}
+    return bool(value == tensors_say)
+
+
+def _warn_of_differences(said: dict[str, Any], own: dict[str, Any], origin: str) -> None:
+    for name in sorted(said.keys() & own.keys()):
+        if said[name] != own[name]:
+            text = "%s=%r as you said, though %s says %r"
+            _log.warning(text, name, said[name], origin, own[name])
+
+
+def _warn_of_a_guessed_side(config: WorldModelConfig, origins: Mapping[str, str]) -> None:
+    shape = config.image_shape
+    if shape and shape[1] in POOLED_SIDES and origins["image_shape"] == FROM_TENSORS:
+        text = "images of %s make equal tensors: %d is taken, say image_shape where it is another"
+        _log.warning(text, " and ".join(map(str, POOLED_SIDES)), shape[1])

@@ -1,6 +1,7 @@
-"""A state dict's tensors by the names that inference knows, checked before they are copied."""
+"""LightZero's tensors: which ones inference reads, what their shapes tell, what is refused."""
 
 import dataclasses
+import logging
 import re
 from collections.abc import Mapping
 from typing import Any, cast
@@ -9,7 +10,7 @@ import jax
 import numpy as np
 
 from kvjax.base.values import require
-from kvjax.lightzero.checkpoint import encoder_tensors
+from kvjax.config import BLOCK, IMAGE_SIDES, POOLED_SIDES, Layout, WorldModelConfig
 from kvjax.model import world_model
 
 Tensors = dict[str, np.ndarray[Any, Any]]
@@ -25,14 +26,46 @@ IGNORED = (
 )
 """Tensors that a checkpoint holds and inference does not read (patterns of their names)."""
 
-MASK, ROTATIONS, CLIP_BOUND = "attn.mask", "freqs_cis", "policy_logits_running_max"
+CLIP_BOUND = "policy_logits_running_max"
+_MASK, _ROTATIONS = "attn.mask", "freqs_cis"
+_TELLING = (_MASK, _ROTATIONS, CLIP_BOUND)
 """Ends of names of ignored tensors that tell something all the same."""
 
-FLOATS = ("float16", "bfloat16", "float32", "float64")
-
-_TELLING = (MASK, ROTATIONS, CLIP_BOUND)
 _WRAPPERS = r"(?:^|(?<=\.))(?:_orig_mod|module)\."  # torch.compile, DistributedDataParallel
 _ENCODER_COPY = "tokenizer.encoder."
+_FLOATS = ("float16", "bfloat16", "float32", "float64")
+
+ENCODER = "representation_network."
+HEADS = ("head_rewards", "head_observations", "head_policy", "head_value")
+LATENT_NORM = "head_observations.head_module.5"
+HEAD_OUTPUT = {"0.2.0": 2, "main": 4}
+"""Place of each head's last layer."""
+
+_FINAL_NORM = "transformer.ln_f.weight"
+_POSITIONS = "pos_emb.weight"
+_VECTORS, _VECTORS_NORM = f"{ENCODER}fc_representation.0.weight", f"{ENCODER}norm.weight"
+_IMAGES, _IMAGES_NORM = f"{ENCODER}downsample_net.conv1.weight", f"{ENCODER}final_norm.weight"
+_IMAGE_OUTPUT = f"{ENCODER}last_linear.weight"
+_IMAGE_STATISTICS = f"{ENCODER}downsample_net.norm1.running_mean"
+
+_UNSUPPORTED = {
+    r"transformer\.blocks\.\d+\.gate[12]\.": "GRU gating",
+    r"transformer\.blocks\.\d+\.(experts|feed_forward\.(experts|gate))\.": "mixture of experts",
+    r".*\.lora_": "LoRA adapters",
+    r"act_embedding_table\.0\.": "continuous actions",
+    r".*task_emb|head_\w+_multi_task\.": "multi-task models",
+    r"head_\w+\.head_module\.\d+\.(experts|gate|phi)\b": "heads with a mixture of experts",
+    r".*register_token": "register tokens",
+    rf"{ENCODER}(pretrained_model|model|embed_proj_head)\.": "text encoders",
+    rf"{ENCODER}to_patch_embedding\.": "vision transformers",
+    rf"{ENCODER}cnn\.": "encoders of MemoryEnv",
+    rf"{ENCODER}conv\.": "image encoders without downsampling",
+}
+"""Patterns of names, and the variants that have such tensors."""
+
+_THETA_TOLERANCE = 1e-3
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,14 +107,13 @@ def _require_state_dict(state: Any) -> None:
         raise ValueError(f'"model" is a {type(state).__name__}, expected a state dict')
     require("param_groups" not in state, "this is an optimiser's state, expected a model's")
     for name in state:
-        if not isinstance(name, str):
-            raise ValueError(f"a tensor is named {name!r}, expected text")
+        require(isinstance(name, str), f"a tensor is named {name!r}, expected text")
 
 
 def _inner_name(name: str) -> str:
     name = re.sub(_WRAPPERS, "", name).removeprefix("world_model.")
     if name.startswith(_ENCODER_COPY):
-        name = encoder_tensors.PREFIX + name.removeprefix(_ENCODER_COPY)
+        name = ENCODER + name.removeprefix(_ENCODER_COPY)
     return name.removeprefix("tokenizer.")
 
 
@@ -101,9 +133,166 @@ def _to_numpy(name: str, tensor: Any) -> np.ndarray[Any, Any]:
 def _require_dense_floats(name: str, tensor: Any) -> None:
     """A torch tensor says a size that its memory need not have."""
     kind = str(tensor.dtype).removeprefix("torch.")
-    require(kind in FLOATS, f"{name} holds {kind}, expected floating-point numbers")
+    require(kind in _FLOATS, f"{name} holds {kind}, expected floating-point numbers")
     layout = str(tensor.layout).removeprefix("torch.")
     require(layout == "strided", f"{name} is stored as {layout}, expected a dense tensor")
     require(tensor.device.type != "meta", f"{name} has a shape and no values (device meta)")
     needed, stored = tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()
     require(needed <= stored, f"{name} claims {needed} bytes, {stored} are stored")
+
+
+def refuse_variants(found: Sorted) -> None:
+    """Raises `ValueError` that names the variant which kvjax does not have, and a tensor of it."""
+    weights = found.weights
+    for pattern, variant in _UNSUPPORTED.items():
+        for name in weights:
+            if re.match(pattern, name):
+                raise ValueError(f"unsupported variant: {variant} (tensor {name})")
+    require(
+        _IMAGES not in weights or _IMAGE_STATISTICS in weights,
+        "unsupported variant: image encoders without BatchNorm (the checkpoint has no"
+        f" {_IMAGE_STATISTICS})",
+    )
+    for head in HEADS:
+        name = f"{head}.head_module.1.weight"
+        hidden, width = (weights[name].shape if name in weights else (0, 1))[:2]
+        require(
+            hidden != width,
+            f"unsupported variant: multi-task heads ({name} has {hidden} rows of {width} numbers;"
+            " main's models of one task have four times as many rows)",
+        )
+    has_rotations = any(name.endswith(_ROTATIONS) for name in found.telling)
+    is_early = layout(weights) == "0.2.0" and not has_rotations  # else it saves them
+    if is_early and _FINAL_NORM in weights:
+        _shape(weights, _POSITIONS, 2)
+
+
+def layout(weights: Tensors) -> Layout:
+    """Which release's heads the tensors are."""
+    return "main" if "head_rewards.head_module.4.weight" in weights else "0.2.0"
+
+
+def support_size(weights: Tensors) -> int:
+    """Bins of the reward head."""
+    return _shape(weights, f"head_rewards.head_module.{HEAD_OUTPUT[layout(weights)]}.weight", 2)[0]
+
+
+def inferred_fields(found: Sorted) -> dict[str, Any]:
+    """Fields of `WorldModelConfig` that the tensors tell, `support` only by its size.
+
+    Sides of 84 and 96 make equal shapes: the larger one is taken.
+
+    Raises:
+      ValueError: a tensor that would tell is missing or has other dimensions.
+    """
+    weights = found.weights
+    embed_dim = _shape(weights, _FINAL_NORM, 1)[0]
+    layers = {m[1] for name in weights if (m := re.match(r"transformer\.blocks\.(\d+)\.", name))}
+    bins = support_size(weights)
+    fields = {
+        "embed_dim": embed_dim,
+        "num_layers": len(layers),
+        "num_actions": _shape(weights, "act_embedding_table.weight", 2)[0],
+        "max_tokens": _shape(weights, _POSITIONS, 2)[0] if _POSITIONS in weights else None,
+        "support": (-(bins // 2), bins // 2),
+        "layout": layout(weights),
+        "latent_norm": _norm(f"{LATENT_NORM}.weight" in weights),
+    }
+    return fields | _rotated_heads(found, embed_dim) | _encoder_fields(weights)
+
+
+def _norm(has_weight: bool) -> str:
+    return "layernorm" if has_weight else "simnorm"
+
+
+def _shape(weights: Tensors, name: str, ndim: int) -> tuple[int, ...]:
+    """A tensor's shape, which must be there and have so many dimensions."""
+    if name not in weights:
+        raise ValueError(f"missing tensor {name}: this is not a UniZero world model, or not all")
+    shape = tuple(weights[name].shape)
+    require(len(shape) == ndim, f"{name} has shape {shape}, expected {ndim} dimensions")
+    return shape
+
+
+def _rotated_heads(found: Sorted, embed_dim: int) -> dict[str, int]:
+    """Release 0.2.0 stores rotations [positions, D / 2], whose width tells the heads."""
+    for name, rotations in found.telling.items():
+        if name.endswith(_ROTATIONS) and len(rotations.shape) == 2:
+            head_dim = 2 * rotations.shape[1]
+            is_fitting = head_dim > 0 and embed_dim % head_dim == 0
+            require(is_fitting, f"{name} rotates heads of {head_dim}, embed_dim is {embed_dim}")
+            return {"num_heads": embed_dim // head_dim}
+    return {}
+
+
+def _encoder_fields(weights: Tensors) -> dict[str, Any]:
+    if _VECTORS in weights:
+        norm = _norm(_VECTORS_NORM in weights)
+        return {"observation_size": _shape(weights, _VECTORS, 2)[1], "encoder_norm": norm}
+    if _IMAGES not in weights:
+        return {}
+    half, planes = _shape(weights, _IMAGES, 4)[:2]
+    features = _shape(weights, _IMAGE_OUTPUT, 2)[1] / max(1, 2 * half)
+    sides = {_plane_side(side) ** 2: side for side in IMAGE_SIDES}
+    require(
+        features in sides,
+        f"{_IMAGE_OUTPUT} has shape {weights[_IMAGE_OUTPUT].shape}: no image side of {IMAGE_SIDES}"
+        f" makes that of {2 * half} channels",
+    )
+    blocks = {m[1] for k in weights if (m := re.match(rf"{ENCODER}resblocks\.(\d+)\.", k))}
+    return {
+        "image_shape": (planes, sides[int(features)], sides[int(features)]),
+        "image_channels": 2 * half,
+        "image_blocks": len(blocks),
+        "encoder_norm": _norm(_IMAGES_NORM in weights),
+    }
+
+
+def _plane_side(image_side: int) -> int:
+    """Side of the feature plane that the encoder makes of an image: 8 of 64, 6 of 84 and 96."""
+    for _ in range(4 if image_side in POOLED_SIDES else 3):
+        image_side = (image_side + 1) // 2
+    return image_side
+
+
+def check_positions(config: WorldModelConfig, found: Sorted) -> None:
+    """Refuses windows that reach beyond what the model has positions for.
+
+    A window of C tokens is full with C - 1; both releases fail at once where the table has fewer
+    rows. Rotary models of main extend their mask: for them a warning tells it.
+
+    Raises:
+      ValueError: the table, the mask or the rotations contradict the configuration.
+    """
+    longest, rows = config.window.full_length, config.max_tokens
+    length = f"a window of context_length {config.context_length}, with {longest} tokens when full,"
+    require(
+        rows is None or rows >= longest,
+        f"{length} needs {longest} rows of {_POSITIONS}, which has {rows}",
+    )
+    for name, tensor in found.telling.items():
+        if name.endswith(_ROTATIONS):
+            _check_theta(name, tensor, config)
+        elif name.endswith(_MASK):
+            mask = int(tensor.shape[-1]) if len(tensor.shape) else 0
+            require(
+                rows in (None, mask), f"{name} is for {mask} tokens, {_POSITIONS} has {rows} rows"
+            )
+            if mask < longest:
+                text = f"{length} is longer than the {mask} tokens that {name} is for"
+                require(config.layout == "main", text)
+                _log.warning("%s", text)
+                return
+
+
+def _check_theta(name: str, rotations: Any, config: WorldModelConfig) -> None:
+    """The second position's second pair turns by theta ** (-2 / D)."""
+    if min(rotations.shape, default=0) < BLOCK or "complex64" not in str(rotations.dtype):
+        return
+    stored = np.angle(complex(rotations[1, 1]))
+    expected = config.rope_theta ** (-2 / config.window.head_dim)
+    require(
+        bool(abs(stored - expected) <= _THETA_TOLERANCE * expected),
+        f"rope_theta is {config.rope_theta:g}, but {name} turns by {stored:.4g} where that makes"
+        f" {expected:.4g}",
+    )
