@@ -10,7 +10,7 @@ import pytest
 
 from kvjax.tools import cli, gif, play
 from kvjax.tools.bench import bridge, exactness, ops, search
-from kvjax.tools.bench.case import Case
+from kvjax.tools.bench.searches import Case
 
 
 def run(capsys, *arguments):

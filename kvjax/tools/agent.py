@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kvjax.config import WindowMode
 from kvjax.lightzero.checkpoint.described import CLIP
 from kvjax.lightzero.checkpoint.reading import SAID, check_names, read
 from kvjax.model import checkpoint
@@ -21,35 +20,25 @@ class Found:
     origins: Mapping[str, str]  # fields of the configuration: "as you said", "from ..."
 
 
-def read_agent(
-    source: str | Path,
-    *,
-    num_heads: int | None = None,
-    context_length: int | None = None,
-    window_mode: WindowMode | None = None,
-    **options: Any,
-) -> tuple[Checkpoint, tuple[str, ...]]:
-    """The agent, and the names of the tensors that inference leaves out.
+def read_agent(source: str | Path, **options: Any) -> tuple[Checkpoint, tuple[str, ...]]:
+    """The agent that `find_agent` finds, and the names of the tensors that inference leaves out."""
+    found = find_agent(source, **options)
+    return found.agent, found.ignored
+
+
+def find_agent(source: str | Path, *, env: str | None = None, **options: Any) -> Found:
+    """Reads an agent, and says where each field of its configuration is from.
 
     Args:
       source: a shipped agent's name, a `.safetensors` file or a LightZero `.pth.tar` file.
-      num_heads: what a LightZero file does not tell; a kvjax file must agree with it.
-      context_length: likewise, in tokens.
-      window_mode: another one than the file says; see `WorldModelConfig`.
-      **options: further ones of `kvjax.lightzero.load`, with which a kvjax file must agree; `env`,
-        the environment to play, see `kvjax.checkpoint.load`.
+      env: the environment to play, see `kvjax.checkpoint.load`.
+      **options: those of `kvjax.lightzero.load` that are not None: what a LightZero file does not
+        tell, as `num_heads` and `context_length`. A kvjax file must agree, but for `window_mode`.
 
     Raises:
       FileNotFoundError: no such file.
       ValueError: the file cannot be read, or says something else than the arguments.
     """
-    options |= {"num_heads": num_heads, "context_length": context_length}
-    found = find_agent(source, window_mode=window_mode, **options)
-    return found.agent, found.ignored
-
-
-def find_agent(source: str | Path, *, env: str | None = None, **options: Any) -> Found:
-    """Like `read_agent`, and says where each field of the configuration is from."""
     path = checkpoint.shipped().get(str(source), Path(source))
     said = {name: value for name, value in options.items() if value is not None}
     if path.suffix == checkpoint.SUFFIX:

@@ -3,11 +3,12 @@
 Shapes: B environments played side by side, A actions.
 """
 
+import contextlib
 import dataclasses
 import functools
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ import gymnasium
 import jax
 import numpy as np
 
+from kvjax.base.values import require
 from kvjax.config import EnvironmentConfig, SearchConfig, WorldModelConfig
 from kvjax.model.checkpoint import Checkpoint
 from kvjax.model.step import FIRST_STEP
 from kvjax.tools import gif
-from kvjax.tools.planner import Planner, make_planner
+from kvjax.tools.routes import ROUTES, Step
 
 Array = np.ndarray[Any, Any]
 
@@ -100,7 +102,7 @@ def play(
 
     Args:
       agent: a model whose checkpoint names its environment.
-      route: "tree" searches in one jit, "store" with trees on the host, see `kvjax.tools.planner`.
+      route: "tree" searches in one jit, "store" with trees on the host, see `kvjax.tools.routes`.
       keep_context: False pushes every step as an episode's first, so that the window holds the
         current observation only.
       gif_path: where to write the first episode as an animation.
@@ -113,31 +115,23 @@ def play(
         the summary, if that shows only at the end.
     """
     _check_run(episodes, seed)
-    if agent.environment is None:
+    environment = agent.environment
+    if environment is None:
         raise ValueError("the checkpoint names no environment: say which one to play")
     frames = None if gif_path is None else gif.Frames(gif_path)
     started = time.perf_counter()
-    rows = [
-        _Row(_make(agent.environment, agent.config, render=frames is not None and index == 0))
-        for index in range(min(episodes, MAX_BATCH))
-    ]
-    try:
-        make = functools.partial(
-            make_planner, route, agent.params, agent.config, search_config or SearchConfig()
-        )
-        run = _Run(make(len(rows)), agent.environment.observation_scale, rows, episodes, seed)
-        compile_seconds = _compile(make(len(rows)), run)
+    batch = min(episodes, MAX_BATCH)
+    search = search_config or SearchConfig()
+    begin = functools.partial(ROUTES[route], agent.params, agent.config, search, batch)
+    with _rows(environment, agent.config, batch, render=frames is not None) as rows:
+        run = _Run(rows, environment.observation_scale, episodes, seed)
+        step, compile_seconds = begin(), run.compile(begin())
         progress(run.status())
         while run.active():
             if frames is not None and rows[0].episode == 0:
                 frames.append(rows[0].env.render())
-            run.step(keep_context)
+            run.step(step, keep_context)
             progress(run.status())
-    except gymnasium.error.Error as error:
-        raise ValueError(f"{agent.environment.env_id}: {error}") from error
-    finally:
-        for row in rows:
-            row.env.close()
     summary = Summary(
         returns=tuple(run.returns),
         mean_return=float(np.mean(run.returns)),
@@ -159,32 +153,24 @@ def _animate(frames: gif.Frames, fps: float, summary: Summary) -> None:
 
 
 def _check_run(episodes: int, seed: int) -> None:
-    if episodes < 1:
-        raise ValueError(f"episodes must be at least 1, got {episodes}")
-    if episodes > MAX_EPISODES:
-        raise ValueError(f"episodes must be at most {MAX_EPISODES}, got {episodes}")
-    if not 0 <= seed <= LAST_SEED:
-        raise ValueError(f"seed must be in 0 .. {LAST_SEED}, got {seed}")
+    require(episodes >= 1, f"episodes must be at least 1, got {episodes}")
+    require(episodes <= MAX_EPISODES, f"episodes must be at most {MAX_EPISODES}, got {episodes}")
+    require(0 <= seed <= LAST_SEED, f"seed must be in 0 .. {LAST_SEED}, got {seed}")
 
 
 class _Run:
     """Episodes in progress: the host's side of the loop."""
 
     def __init__(
-        self,
-        plan: Planner,
-        scale: tuple[float, ...] | None,
-        rows: list[_Row],
-        episodes: int,
-        seed: int,
+        self, rows: list[_Row], scale: tuple[float, ...] | None, episodes: int, seed: int
     ) -> None:
-        self._plan, self._rows, self._seed = plan, rows, seed
-        self._scale = np.asarray(1.0 if scale is None else scale, np.float32)
-        self._rng = jax.random.key(seed)
-        self._waiting = list(range(episodes))
+        self._rows = rows
         self.returns = [0.0] * episodes
         self.steps = 0
         self.search_seconds = 0.0
+        self._scale = np.asarray(1.0 if scale is None else scale, np.float32)
+        self._seed, self._rng = seed, jax.random.key(seed)
+        self._waiting = list(range(episodes))
         for row in rows:
             row.start(self._next_episode(), seed)
 
@@ -203,19 +189,22 @@ class _Run:
         mean = float(np.mean(finished)) if finished else float("nan")
         return Status(progress / len(self.returns), self.steps, len(finished), mean)
 
-    def observation(self) -> Array:
-        """What the agent sees of each row: [B, observation_size] float32."""
-        seen = np.stack([row.observation for row in self._rows]).astype(np.float32)
-        return seen * self._scale
+    def compile(self, search: Step) -> float:
+        """Lets a route of its own search twice, a first step and a later one: seconds it took."""
+        started = time.perf_counter()
+        rng, observation = jax.random.key(0), self._observation()
+        action = search(rng, observation, np.full(len(self._rows), FIRST_STEP)).action
+        search(rng, observation, action)
+        return time.perf_counter() - started
 
-    def step(self, keep_context: bool) -> None:
+    def step(self, search: Step, keep_context: bool) -> None:
         """Searches all rows at once and acts in each environment that is in an episode."""
         started = time.perf_counter()
         last_action = np.array([row.last_action for row in self._rows])
         self._rng = jax.random.fold_in(self._rng, self.steps)
         if not keep_context:
             last_action = np.full_like(last_action, FIRST_STEP)
-        actions = self._plan(self._rng, self.observation(), last_action)
+        actions = search(self._rng, self._observation(), last_action).action
         self.search_seconds += time.perf_counter() - started
         for row, action in zip(self._rows, actions.tolist(), strict=True):
             if row.episode is None:
@@ -226,17 +215,30 @@ class _Run:
             if ended:
                 row.start(self._next_episode(), self._seed)
 
+    def _observation(self) -> Array:
+        """What the agent sees of each row: [B, observation_size] float32."""
+        seen = np.stack([row.observation for row in self._rows]).astype(np.float32)
+        return seen * self._scale
+
     def _next_episode(self) -> int | None:
         return self._waiting.pop(0) if self._waiting else None
 
 
-def _compile(plan: Planner, run: _Run) -> float:
-    """Lets a planner of its own search twice, a first step and a later one: seconds that took."""
-    started = time.perf_counter()
-    observation, rng = run.observation(), jax.random.key(0)
-    actions = plan(rng, observation, np.full(len(observation), FIRST_STEP))
-    plan(rng, observation, actions)
-    return time.perf_counter() - started
+@contextlib.contextmanager
+def _rows(
+    environment: EnvironmentConfig, config: WorldModelConfig, count: int, *, render: bool
+) -> Iterator[list[_Row]]:
+    """Environments side by side, of which the first may be rendered; what they refuse is told."""
+    rows: list[_Row] = []
+    try:
+        while len(rows) < count:
+            rows.append(_Row(_make(environment, config, render=render and not rows)))
+        yield rows
+    except gymnasium.error.Error as error:
+        raise ValueError(f"{environment.env_id}: {error}") from error
+    finally:
+        for row in rows:
+            row.env.close()
 
 
 def _make(

@@ -34,8 +34,12 @@ def recorded(tmp_path_factory):
 def test_kvjax_verifies_what_was_recorded(recorded, route):
     report = verify(recorded[0], route=route)
     assert report.ok, report
-    assert (report.steps, report.simulations, report.length_mismatches) == (8, 64, 0)
-    assert max(report.max_abs_error.values()) < 1e-4
+    assert (
+        report.found["steps"],
+        report.found["simulations"],
+        report.found["length_mismatches"],
+    ) == (8, 64, 0)
+    assert max(report.found["max_abs_error"].values()) < 1e-4
 
 
 def test_the_command_line_verifies_it_too(recorded, capsys):

@@ -19,7 +19,7 @@ from kvjax.model import unizero
 from kvjax.model.checkpoint import Checkpoint
 from kvjax.ops import window as windows
 from kvjax.ops.window import Window
-from kvjax.tools import cli, gif
+from kvjax.tools import gif, options
 from kvjax.tools.play import play
 
 PARAMS = random_params(SMALL)
@@ -212,4 +212,4 @@ def test_wide_frames_are_thinned(tmp_path):
 def test_a_scale_belongs_to_its_environment(env, scale, expected):
     agent = Checkpoint(SMALL, PARAMS, EnvironmentConfig("Stored-v0", (2.0,)))
     args = argparse.Namespace(env=env, observation_scale=scale)
-    assert cli._environment(args, agent) == expected
+    assert options.environment_of(args, agent) == expected

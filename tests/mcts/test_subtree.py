@@ -13,7 +13,7 @@ from subtree_oracle import Searcher
 from kvjax import SearchConfig, init_contexts, init_kept
 from kvjax.mcts import search
 from kvjax.mcts.search import _search
-from kvjax.tools import planner
+from kvjax.tools.routes import ROUTES
 
 PARAMS = random_params(SMALL)
 KEEPING = SearchConfig(num_simulations=12, kept_nodes=20, discount=0.9)
@@ -174,14 +174,15 @@ def test_trees_of_another_configuration():
             run(init_contexts(SMALL, 2), given, observations(1, 2)[0], [-1, -1], **options)
 
 
-def test_planners_keep_trees_or_refuse_to():
-    plan, counts = planner.make_planner("tree", PARAMS, SMALL, KEEPING, 3), []
+def test_routes_keep_trees_or_refuse_to():
+    step, counts = ROUTES["tree"](PARAMS, SMALL, KEEPING, 3), []
     contexts, kept, action = init_contexts(SMALL, 3), None, np.full(3, -1)
     for observation in observations(4, 3):
         contexts, out = run(contexts, kept, observation, action)
-        np.testing.assert_array_equal(plan(jax.random.key(0), observation, action), out.action)
+        answer = step(jax.random.key(0), observation, action)
+        np.testing.assert_array_equal(answer.action, out.action)
         kept, action = out.kept, np.asarray(out.action)
         counts.append(np.sum(out.visit_counts))
     assert max(counts) > 36
     with pytest.raises(ValueError, match='route "store" begins each search anew: kept_nodes must'):
-        planner.make_planner("store", PARAMS, SMALL, KEEPING, 3)
+        ROUTES["store"](PARAMS, SMALL, KEEPING, 3)

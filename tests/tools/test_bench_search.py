@@ -139,10 +139,9 @@ def test_windows_are_full_and_memory_is_small(no_lightzero):
     """A long context: whole windows per node take many times what own tokens take."""
     case = dataclasses.replace(TINY, embed=64, heads=8, context=64, simulations=200)
     config, params = search._model(case, None)
-    ours, theirs = (
-        search._Search(case, config, params, search._TREES[n]) for n in ("kvjax", "mctx")
-    )
-    assert ours._contexts.window.length.tolist() == [61, 61]
+    trees = (search._TREES[name] for name in ("kvjax", "mctx"))
+    ours, theirs = (search.Search(case, config, params, tree) for tree in trees)
+    assert ours.contexts.window.length.tolist() == [61, 61]
     assert ours.temporary_mib() <= theirs.temporary_mib() / 10
 
 

@@ -22,9 +22,11 @@ def start(tmp_path):
     """Starts the command with this text as `kvjax.tools.cli`."""
 
     def start(text, shell="true", **options):
-        (tmp_path / "kvjax").mkdir()
-        (tmp_path / "kvjax" / "__init__.py").touch()
-        (tmp_path / "kvjax" / "cli.py").write_text(text)
+        tools = tmp_path / "kvjax" / "tools"
+        tools.mkdir(parents=True)
+        for package in (tools.parent, tools):
+            (package / "__init__.py").touch()
+        (tools / "cli.py").write_text(text)
         env = (
             os.environ
             | {"PYTHONPATH": f"{tmp_path}:{ROOT}", "PYTHONUNBUFFERED": ""}

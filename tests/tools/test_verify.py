@@ -29,10 +29,10 @@ def test_within_tolerance(data, name, route):
     report = verify.verify(data / name, route=route)
     assert report.ok
     assert report.route == route
-    assert report.length_mismatches == 0
-    assert set(report.max_abs_error) == set(verify.OUTPUTS)
-    assert all(0 < error < TOLERANCE / 10 for error in report.max_abs_error.values())
-    assert (report.steps, report.simulations) == (8, 80)
+    assert report.found["length_mismatches"] == 0
+    assert set(report.found["max_abs_error"]) == set(verify.OUTPUTS)
+    assert all(0 < error < TOLERANCE / 10 for error in report.found["max_abs_error"].values())
+    assert (report.found["steps"], report.found["simulations"]) == (8, 80)
 
 
 @pytest.mark.parametrize("route", ["tree", "store"])
@@ -47,9 +47,9 @@ def test_every_answer_is_compared(data, tmp_path, route):
 
     report = verify.verify(rewritten(data / TRACES[0], tmp_path / "t.npz", change), route=route)
     assert not report.ok
-    assert report.length_mismatches == 1
+    assert report.found["length_mismatches"] == 1
     for size, name in enumerate(verify.OUTPUTS, start=1):
-        assert abs(report.max_abs_error[name] - 10.0 * size) < 1e-3
+        assert abs(report.found["max_abs_error"][name] - 10.0 * size) < 1e-3
 
 
 def test_a_wrong_length_alone_fails(data, tmp_path):
@@ -57,8 +57,8 @@ def test_a_wrong_length_alone_fails(data, tmp_path):
         arrays["step7/length"][1] += 1
 
     report = verify.verify(rewritten(data / TRACES[0], tmp_path / "t.npz", change))
-    assert max(report.max_abs_error.values()) < TOLERANCE
-    assert report.length_mismatches == 1
+    assert max(report.found["max_abs_error"].values()) < TOLERANCE
+    assert report.found["length_mismatches"] == 1
     assert not report.ok
 
 
@@ -126,8 +126,8 @@ def test_a_broken_cache_fails(data, monkeypatch, damage):
     damage(monkeypatch)
     report = verify.verify(data / TRACES[0])
     assert not report.ok
-    worst = max(report.max_abs_error.values())
-    assert worst > 10 * TOLERANCE or report.length_mismatches > 0
+    worst = max(report.found["max_abs_error"].values())
+    assert worst > 10 * TOLERANCE or report.found["length_mismatches"] > 0
 
 
 def test_release_020_needs_its_padding_read(data, monkeypatch):
@@ -137,7 +137,7 @@ def test_release_020_needs_its_padding_read(data, monkeypatch):
     )
     report = verify.verify(data / TRACES[1])
     assert not report.ok
-    assert report.max_abs_error["sim_value_logits"] > 1e-3
+    assert report.found["max_abs_error"]["sim_value_logits"] > 1e-3
 
 
 def test_nan_is_a_failure(data, monkeypatch):

@@ -11,6 +11,7 @@ from kvjax.mcts import tree
 from kvjax.tools import cli
 from kvjax.tools.parity import near_ties, reference_tree, verify
 from kvjax.tools.parity import verify_trees as verify_search
+from kvjax.tools.parity.nodes import Carried
 from kvjax.tools.parity.verify_episodes import _begin, _read_player, verify_episodes
 from kvjax.tools.parity.verify_trees import verify_trees
 
@@ -43,23 +44,35 @@ def few_trees(data, path, change=lambda arrays: None, count=6):
 @pytest.mark.parametrize("route", ["tree", "store"])
 def test_two_hundred_recorded_trees(data, route):
     report = verify_trees(data / TREES, route=route)
-    assert (report.trees, report.identical_visits, report.near_ties) == (200, 200, 0)
-    assert report.max_root_value_error <= 1e-5
+    assert (report.found["trees"], report.found["identical_visits"], report.found["near_ties"]) == (
+        200,
+        200,
+        0,
+    )
+    assert report.found["max_root_value_error"] <= 1e-5
     assert report.ok
 
 
 def test_recorded_episodes_in_jit(data):
     """Two episodes of 200 steps, about 195 of them slid; the shipped agent is found by itself."""
     report = verify_episodes(data / EPISODES)
-    assert (report.steps, report.identical_visits, report.identical_actions) == (400, 1.0, 1.0)
-    assert report.checkpoint == "cartpole_masked"
-    assert 0 < report.max_root_value_error < 1e-4
+    assert (
+        report.found["steps"],
+        report.found["identical_visits"],
+        report.found["identical_actions"],
+    ) == (400, 1.0, 1.0)
+    assert report.found["checkpoint"] == "cartpole_masked"
+    assert 0 < report.found["max_root_value_error"] < 1e-4
     assert report.ok
 
 
 def test_recorded_episodes_by_the_store(data, tmp_path):
     report = verify_episodes(shortened(data, tmp_path / "e.npz", steps=60), route="store")
-    assert (report.steps, report.identical_visits, report.identical_actions) == (120, 1.0, 1.0)
+    assert (
+        report.found["steps"],
+        report.found["identical_visits"],
+        report.found["identical_actions"],
+    ) == (120, 1.0, 1.0)
     assert report.ok
 
 
@@ -69,9 +82,13 @@ def test_a_changed_tree_is_reported(data, tmp_path, route):
         arrays["3/visits"] += np.array([1] + [0] * (len(arrays["3/visits"]) - 1), np.int32)
 
     report = verify_trees(few_trees(data, tmp_path / "t.npz", change), route=route)
-    assert (report.trees, report.identical_visits, report.near_ties) == (6, 5, 0)
-    assert [d.where for d in report.differences] == ["tree 3"]
-    assert report.differences[0].margin is None
+    assert (report.found["trees"], report.found["identical_visits"], report.found["near_ties"]) == (
+        6,
+        5,
+        0,
+    )
+    assert [d["where"] for d in report.found["differences"]] == ["tree 3"]
+    assert report.found["differences"][0]["margin"] is None
     assert not report.ok
 
 
@@ -81,8 +98,8 @@ def test_a_changed_root_value_is_reported(data, tmp_path):
 
     path = few_trees(data, tmp_path / "t.npz", change)
     report = verify_trees(path)
-    assert report.identical_visits == 6
-    assert abs(report.max_root_value_error - 1e-3) < 1e-5
+    assert report.found["identical_visits"] == 6
+    assert abs(report.found["max_root_value_error"] - 1e-3) < 1e-5
     assert not report.ok
     assert verify_trees(path, tolerance=1e-2).ok
 
@@ -92,7 +109,7 @@ def test_a_wrong_rule_is_reported(data, tmp_path, monkeypatch):
     monkeypatch.setattr(tree, "_MIN_RANGE", 1e9)
     monkeypatch.setattr(verify_search, "_grow", verify_search._grow.__wrapped__)  # not compiled yet
     report = verify_trees(path)
-    assert report.identical_visits < 6
+    assert report.found["identical_visits"] < 6
     assert not report.ok
 
 
@@ -132,10 +149,10 @@ def two_actions(path, visits, difference):
 )
 def test_near_ties_are_shown(tmp_path, route, visits, difference, near, ok):
     report = verify_trees(two_actions(tmp_path / "t.npz", visits, difference), route=route)
-    assert (report.near_ties, report.ok) == (near, ok)
+    assert (report.found["near_ties"], report.ok) == (near, ok)
     if near:
-        assert report.identical_visits == 0
-        assert 0 < report.differences[0].margin < near_ties.LIMIT
+        assert report.found["identical_visits"] == 0
+        assert 0 < report.found["differences"][0]["margin"] < near_ties.LIMIT
 
 
 @pytest.mark.parametrize("route", ["tree", "store"])
@@ -145,9 +162,9 @@ def test_other_visits_and_actions_of_episodes_are_reported(data, tmp_path, route
 
     path = shortened(data, tmp_path / "e.npz", steps=10, change=change)
     report = verify_episodes(path, route=route)
-    assert report.identical_visits == 19 / 20
-    assert report.identical_actions == 1.0
-    assert [d.where for d in report.differences] == ["seed 1001, step 7"]
+    assert report.found["identical_visits"] == 19 / 20
+    assert report.found["identical_actions"] == 1.0
+    assert [d["where"] for d in report.found["differences"]] == ["seed 1001, step 7"]
     assert not report.ok
 
 
@@ -158,8 +175,8 @@ def test_a_wrong_last_action_alone_fails(data, tmp_path):
         arrays["seed1000/action"][-1] = 1 - arrays["seed1000/action"][-1]
 
     report = verify_episodes(shortened(data, tmp_path / "e.npz", steps=10, change=change))
-    assert report.identical_visits == 1.0
-    assert report.identical_actions == 19 / 20
+    assert report.found["identical_visits"] == 1.0
+    assert report.found["identical_actions"] == 19 / 20
     assert not report.ok
 
 
@@ -169,7 +186,7 @@ def test_few_other_visits_are_allowed(data, tmp_path):
 
     path = rewritten(data / EPISODES, tmp_path / "e.npz", change)
     report = verify_episodes(path)
-    assert report.identical_visits == 399 / 400
+    assert report.found["identical_visits"] == 399 / 400
     assert report.ok
 
 
@@ -177,10 +194,10 @@ def test_a_near_tie_of_an_episode(data):
     """The whole search of a step is repeated for it, context included."""
     trace = search_trace.read_episodes(data / EPISODES)
     player = _read_player("trace", trace, "cartpole_masked")
+    nodes = Carried(player.params, player.config, 1)
     for t in (0, 2, 9):
-        grown, network = _begin(player, trace.search, trace.episodes[0], t)
-        for _ in range(trace.search.num_simulations):
-            reference_tree.expand(grown, *network(*reference_tree.select(grown)))
+        grown, network = _begin(player, nodes, trace.search, trace.episodes[0], t)
+        reference_tree.grow([grown], network)
         visits = reference_tree.visit_counts(grown)
         np.testing.assert_array_equal(visits, trace.episodes[0].visits[t])
 

@@ -28,14 +28,17 @@ from kvjax.model import checkpoint, step, unizero, world_model
 from kvjax.model.contexts import init_contexts
 from kvjax.model.world_model import Params, WorldModel
 from kvjax.ops.window import Window
-from kvjax.tools.bench import timing
+from kvjax.tools.bench.rows import Progress, Row, choose, measured
 
 Array = np.ndarray[Any, Any]
-Progress = Callable[[float, str], None]
 
 STEPS = 100
 WEIGHTS = ("trained", "random")
 REFERENCES = ("history", "window")
+_OTHERWISE = (
+    f"no row matches {{}}; say mode=, one of {', '.join(WINDOW_MODES)}, or weights=, one of"
+    f" {', '.join(WEIGHTS)}, or reference=, one of {', '.join(REFERENCES)}"
+)
 _TRAINED = {True: "cartpole_masked_rope", False: "cartpole_masked"}  # by rotary positions
 
 
@@ -61,9 +64,9 @@ class Outputs:
 def run(
     *,
     only: str = "",
-    progress: Progress = lambda fraction, text: None,
+    progress: Progress = lambda share, text: None,
     plot: str | Path | None = None,
-    rows: list[dict[str, Any]] | None = None,
+    rows: list[Row] | None = None,
 ) -> dict[str, Any]:
     """Compares every mode with both references, with trained and with random weights.
 
@@ -83,34 +86,34 @@ def run(
       ImportError: a plot without matplotlib.
       OSError: the plot cannot be written; said before anything is measured.
     """
-    parts = [part for part in only.split(",") if part]
-    labels: list[tuple[str, WindowMode]] = [
-        (weights, mode)
+    cases = {
+        f"weights={weights},mode={mode},reference={reference}": (weights, mode, reference)
         for weights in WEIGHTS
         for mode in WINDOW_MODES
-        if all(part in (f"weights={weights}", f"mode={mode}") for part in parts)
-    ]
-    if not labels:
-        raise ValueError(
-            f"no row matches {only!r}; say mode=, one of {', '.join(WINDOW_MODES)}, or weights=,"
-            f" one of {', '.join(WEIGHTS)}"
-        )
+        for reference in REFERENCES
+    }
+    chosen = choose(cases, only, otherwise=_OTHERWISE)
     if plot is not None:
         _plot_format(plot)
         files.require_writable(plot)
-    rows = [] if rows is None else rows
-    for index, (weights, mode) in enumerate(labels):
-        progress(index / len(labels), f"{weights} weights, {mode}")
-        case = make_case(weights, mode)
-        ours, history = by_cache(case), History(case.config, STEPS)
-        for reference in REFERENCES:
-            answers = {"history": by_history, "window": by_window}[reference](case, history)
-            named = {"weights": weights, "mode": mode, "reference": reference}
-            rows.append(named | compare(ours, answers, history.overflowed))
-    progress(1.0, "done")
+    passes = functools.lru_cache(maxsize=1)(_passes)
+    result = measured(chosen, functools.partial(_row, passes), progress=progress, rows=rows)
     if plot is not None:
-        draw(rows, plot)
-    return {"machine": timing.machine(), "versions": timing.versions(), "rows": rows}
+        draw(result["rows"], plot)
+    return result
+
+
+def _passes(weights: str, mode: WindowMode) -> tuple[Case, Outputs, "History"]:
+    case = make_case(weights, mode)
+    return case, by_cache(case), History(case.config, STEPS)
+
+
+def _row(passes: Any, labels: tuple[str, WindowMode, str], progress: Progress) -> Row:
+    weights, mode, reference = labels
+    case, ours, history = passes(weights, mode)
+    answers = {"history": by_history, "window": by_window}[reference](case, history)
+    named = {"weights": weights, "mode": mode, "reference": reference}
+    return named | compare(ours, answers, history.overflowed)
 
 
 def make_case(weights: str, mode: WindowMode, steps: int = STEPS) -> Case:
@@ -230,11 +233,11 @@ def by_window(case: Case, history: History) -> Outputs:
     return Outputs(*_heads(case, hidden[jnp.arange(len(last)), last]), kept)
 
 
-def compare(ours: Outputs, theirs: Outputs, overflowed: Array) -> dict[str, Any]:
+def compare(ours: Outputs, theirs: Outputs, overflowed: Array) -> Row:
     """A row's errors."""
     pairs = list(zip(ours.kept, theirs.kept, strict=True))
     by_step = np.array([_relative(mine, other) for mine, other in pairs])  # [T, L, 2]
-    row: dict[str, Any] = {
+    row: Row = {
         "policy_error": float(np.max(np.abs(ours.policy - theirs.policy))),
         "value_error": float(np.max(np.abs(ours.value - theirs.value))),
     }
@@ -262,7 +265,7 @@ def _plot_format(path: str | Path) -> str:
     return suffix
 
 
-def draw(rows: list[dict[str, Any]], path: str | Path) -> None:
+def draw(rows: list[Row], path: str | Path) -> None:
     """Draws each row's `series`, one panel for each weights and reference."""
     picture = _plot_format(path)
     from matplotlib.figure import Figure

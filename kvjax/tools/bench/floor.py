@@ -23,16 +23,12 @@ from kvjax.tools.bench.timing import finished
 _SMALLEST = 1e-6
 
 
-def make(model: UniZero, *, rows: int, simulations: int) -> Callable[[], None]:
+def make(model: UniZero, *, rows: int, simulations: int) -> Callable[[], Any]:
     """A call that multiplies as often as a search of `rows` environments does, and blocks."""
     width = model.actions.shape[1]
     start = jnp.asarray(np.random.default_rng(0).normal(size=(width, rows)), jnp.float32)
     chain = compiled(model, start, simulations=simulations)
-    return lambda: _block(chain(model, start))
-
-
-def _block(x: Any) -> None:
-    finished(x)
+    return lambda: finished(chain(model, start))
 
 
 def compiled(model: UniZero, start: jax.Array, *, simulations: int) -> Any:

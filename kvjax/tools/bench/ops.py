@@ -29,8 +29,8 @@ from kvjax.store import Store
 from kvjax.store import pool as pools
 from kvjax.store.pool import Pool
 from kvjax.tools.bench import timing
+from kvjax.tools.bench.rows import Progress, Row, choose, measured
 
-Progress = Callable[[float, str], None]
 Run = Callable[[], None]
 
 CONFIG = WindowConfig(context_length=8, num_layers=2, num_heads=8, head_dim=96)
@@ -57,8 +57,8 @@ SIZES = (
 def run(
     *,
     only: str = "",
-    progress: Progress = lambda fraction, text: None,
-    rows: list[dict[str, Any]] | None = None,
+    progress: Progress = lambda share, text: None,
+    rows: list[Row] | None = None,
 ) -> dict[str, Any]:
     """Measures all ops, or those whose name contains `only`.
 
@@ -71,25 +71,19 @@ def run(
     Raises:
       ValueError: no op is called that.
     """
-    names = [name for name in _OPS if only in name]
-    if not names:
-        raise ValueError(f"no op matches {only!r}; ops are {', '.join(_OPS)}")
-    rows = [] if rows is None else rows
-    for index, size in enumerate(SIZES):
-        for at, name in enumerate(names):
-            progress((index + at / len(names)) / (len(SIZES) + 1), f"{name}, {size.name}")
-            rows.append(_row(name, size))
-    progress(len(SIZES) / (len(SIZES) + 1), "look-ups and growing pools")
-    result = {"machine": timing.machine(), "versions": timing.versions(), "rows": rows}
-    if not only:
-        result |= {"lookups": _lookups(), "growth": _growth()}
-    progress(1.0, "done")
-    return result
+    cases = {f"{name}, {size.name}": (name, size) for size in SIZES for name in _OPS}
+    otherwise = f"no op matches {{}}; ops are {', '.join(_OPS)}"
+    chosen = choose(cases, only, otherwise=otherwise, fits=lambda part, at: part in cases[at][0])
+    extras: dict[str, Callable[[], Any]]
+    extras = {} if only else {"lookups": _lookups, "growth": _growth}
+    return measured(chosen, _row, progress=progress, rows=rows, **extras)
 
 
-def _row(name: str, size: Size) -> dict[str, Any]:
+def _row(case: tuple[str, Size], progress: Progress) -> Row:
+    name, size = case
     op, num_bytes = _OPS[name](size)
-    medians = timing.medians_in_turn({"op": op, "copy": _copy(num_bytes)}, repeats=size.repeats)
+    candidates = {"op": op, "copy": _copy(num_bytes)}
+    medians = timing.medians_in_turn(candidates, repeats=size.repeats, progress=progress)
     return {
         "op": name,
         "size": size.name,
@@ -131,10 +125,8 @@ def _windows(rows: int) -> Window:
 
 def _moving(op: Callable[..., Any], state: Any, *arguments: Any) -> Run:
     """A step that gives its state away and gets the next one, as a search does."""
-    return _moving_jitted(jax.jit(op, donate_argnums=0), state, *arguments)
+    jitted = jax.jit(op, donate_argnums=0, keep_unused=True)
 
-
-def _moving_jitted(jitted: Callable[..., Any], state: Any, *arguments: Any) -> Run:
     def step() -> None:
         nonlocal state
         state = timing.finished(jitted(state, *arguments))
@@ -144,8 +136,7 @@ def _moving_jitted(jitted: Callable[..., Any], state: Any, *arguments: Any) -> R
 
 def _reading(op: Callable[..., Any], *arguments: Any) -> Run:
     """A step that leaves its arguments alone and writes where its last result was."""
-    into = jax.jit(lambda _, *arguments: op(*arguments), donate_argnums=0, keep_unused=True)
-    return _moving_jitted(into, jax.jit(op)(*arguments), *arguments)
+    return _moving(lambda _, *arguments: op(*arguments), jax.jit(op)(*arguments), *arguments)
 
 
 def _window_bytes(rows: int, tokens: int = CONFIG.context_length) -> int:
@@ -222,13 +213,8 @@ def _add(size: Size) -> tuple[Run, int]:
 
 
 _OPS: dict[str, Callable[[Size], tuple[Run, int]]] = {
-    "append": _append,
-    "trim_and_pad": _trim_and_pad,
-    "undo_trim_and_pad": _undo_trim_and_pad,
-    "slide": _slide,
-    "find": _find,
-    "take": _take,
-    "add": _add,
+    op.__name__.removeprefix("_"): op
+    for op in (_append, _trim_and_pad, _undo_trim_and_pad, _slide, _find, _take, _add)
 }
 
 
@@ -237,14 +223,14 @@ def _lookups(rows: int = 64, slots: int = 3200, repeats: int = 200) -> dict[str,
     config = WorldModelConfig(_EMBED, CONFIG.num_layers, CONFIG.num_heads, 6, 8, 20)
     store = stores.init_store(config, rows, slots // rows, root_slots=1)
     latents = np.random.default_rng(0).random((slots, _EMBED)).astype(np.float32)
-    env_id, window = jnp.arange(rows), _windows(rows)
-    kept = windows.slide  # stored windows have slid
-    correction = jnp.zeros((CONFIG.kept_length, *CONFIG.token_shape))
-    window = jax.jit(jax.vmap(kept, in_axes=(0, None)))(window, correction)
-    add = jax.jit(_file, donate_argnums=0)
-    for batch in latents.reshape(-1, rows, _EMBED):
-        store = add(store, batch, env_id, window)
-    asked = latents.reshape(-1, rows, _EMBED)[-1]
+    env_id, window = jnp.arange(rows), jax.vmap(windows.slide)(_windows(rows))  # as stored
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def add(store: Store, latent: jax.Array) -> Store:
+        return stores.add_nodes(store, stores.latent_keys(store, latent, env_id), window)[0]
+
+    for asked in latents.reshape(-1, rows, _EMBED):
+        store = add(store, asked)
 
     def look_up(store: Store, latent: jax.Array) -> Window:
         found = stores.find(store, stores.latent_keys(store, latent, env_id), env_id)
@@ -260,19 +246,16 @@ def _lookups(rows: int = 64, slots: int = 3200, repeats: int = 200) -> dict[str,
     return {"rows": rows, "slots": slots, "embed": _EMBED, **result}
 
 
-def _file(store: Store, latent: jax.Array, env_id: jax.Array, window: Window) -> Any:
-    return stores.add_nodes(store, stores.latent_keys(store, latent, env_id), window)[0]
-
-
 def _dict_lookups(latents: Any, asked: Any) -> Run:
     """As LightZero: xxh64 of each latent, a dict of slots, a copy of each layer's K and V."""
     torch, xxhash = importlib.import_module("torch"), importlib.import_module("xxhash")
     shape = (1, CONFIG.num_heads, CONFIG.context_length, CONFIG.head_dim)
-    tensors = [
-        [torch.zeros(shape) for _ in range(2 * CONFIG.num_layers)] for _ in range(len(latents))
-    ]
+
+    def caches(count: int) -> Any:
+        return [[torch.zeros(shape) for _ in range(2 * CONFIG.num_layers)] for _ in range(count)]
+
+    tensors, work = caches(len(latents)), caches(len(asked))
     slots = {xxhash.xxh64(row.tobytes()).hexdigest(): i for i, row in enumerate(latents)}
-    work = [[torch.zeros(shape) for _ in range(2 * CONFIG.num_layers)] for _ in range(len(asked))]
 
     def look_up() -> None:
         for row, mine in zip(asked, work, strict=True):
@@ -301,24 +284,15 @@ def _recurrent_step(
     params: Any, config: WorldModelConfig, rows: int, node_slots: int, eviction: Any
 ) -> Run:
     store = stores.init_store(config, rows, 50, node_slots=node_slots, eviction=eviction)
-    ids = jnp.arange(rows), jnp.zeros(rows, jnp.int32)
+    env_id, zeros = jnp.arange(rows), jnp.zeros(rows, jnp.int32)
     latent = jnp.asarray(np.random.default_rng(0).random((rows, config.embed_dim)), jnp.float32)
-    step = functools.partial(initial_inference, params, config=config)
-    store, _ = step(store, latent, ids[1] - 1, latent, *ids)
+    started = latent, zeros - 1, latent, env_id, zeros
+    store, _ = initial_inference(params, store, *started, config=config)
 
     def search() -> None:
         nonlocal store, latent
-        store, out = recurrent_inference(
-            params,
-            store,
-            latent,
-            ids[1],
-            ids[0],
-            ids[1],
-            ids[1],
-            config=config,
-            full_policy="evict",
-        )
+        asked = latent, zeros, env_id, zeros, zeros
+        store, out = recurrent_inference(params, store, *asked, config=config, full_policy="evict")
         latent = timing.finished(out.latent)
 
     return search

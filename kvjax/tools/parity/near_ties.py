@@ -18,9 +18,7 @@ import numpy as np
 from kvjax.tools.parity import reference_tree as trees
 
 Array = np.ndarray[Any, Any]
-Network = Callable[[int, int], tuple[float, float, Array]]
-"""Parent node and action to reward, value and policy logits [A] of the new node."""
-Start = Callable[[], tuple[trees.Tree, Network]]
+Begin = Callable[[], tuple[trees.Tree, trees.Network]]
 """Begins the same search anew."""
 
 LIMIT = 1e-5
@@ -31,31 +29,18 @@ LIMIT = 1e-5
 class NearTie:
     """A choice that explains a difference."""
 
-    simulation: int
-    node: int
     margin: float  # by how much the two best scores differ
     root_value: float  # of the search that gives the recorded visits
 
 
-@dataclasses.dataclass(frozen=True)
-class _Decision:
-    """A choice between two actions whose scores are close."""
-
-    index: int  # counts all choices of a search
-    simulation: int
-    node: int
-    margin: float
-
-
-def find(start: Start, ours: Array, theirs: Array) -> NearTie | None:
+def find(begin: Begin, ours: Array, theirs: Array) -> NearTie | None:
     """The near tie that makes the difference between visits `ours` [A] and `theirs` [A], if any."""
-    plain, decisions = _replay(start, None)
-    for decision in decisions:
-        turned, _ = _replay(start, decision.index)
+    plain, margins = _replay(begin, None)
+    for index, margin in margins.items():
+        turned, _ = _replay(begin, index)
         for mine, other in ((plain, turned), (turned, plain)):
             if _has_visits(mine, ours) and _has_visits(other, theirs):
-                value = trees.root_value(other)
-                return NearTie(decision.simulation, decision.node, decision.margin, value)
+                return NearTie(margin, trees.root_value(other))
     return None
 
 
@@ -63,10 +48,14 @@ def _has_visits(tree: trees.Tree, visits: Array) -> bool:
     return np.array_equal(trees.visit_counts(tree), visits)
 
 
-def _replay(start: Start, turned: int | None) -> tuple[trees.Tree, list[_Decision]]:
-    """A whole search, with the second best action at choice number `turned`; and its near ties."""
-    tree, network = start()
-    found: list[_Decision] = []
+def _replay(begin: Begin, turned: int | None) -> tuple[trees.Tree, dict[int, float]]:
+    """A whole search, with the second best action at choice number `turned`.
+
+    Returns:
+      The tree, and the margins of its near ties by the number of the choice.
+    """
+    tree, network = begin()
+    margins: dict[int, float] = {}
     counter = itertools.count()
 
     def choose(node: int, scores: Array) -> int:
@@ -76,13 +65,11 @@ def _replay(start: Start, turned: int | None) -> tuple[trees.Tree, list[_Decisio
         if second is not None and tree.visits[node] > 1:
             margin = float(scores[best] - scores[second])
             if margin < LIMIT:
-                found.append(_Decision(index, tree.size - 1, node, margin))
+                margins[index] = margin
         return second if index == turned and second is not None else best
 
-    for _ in range(tree.config.num_simulations):
-        parent, action = trees.select(tree, choose)
-        trees.expand(tree, *network(parent, action))
-    return tree, found
+    trees.grow([tree], network, choose)
+    return tree, margins
 
 
 def _two_best(scores: Array) -> tuple[int, int | None]:

@@ -4,11 +4,11 @@ It is slow and easy to read: it drives searches whose tree lives on the host, an
 searches are tested against. The rules are those of LightZero's C++ tree in deterministic mode with
 one player.
 
-Shapes: A actions, N nodes (the root and one per simulation).
+Shapes: A actions, N nodes (the root and one per simulation), T trees.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,10 @@ from kvjax.config import SearchConfig
 Array = np.ndarray[Any, Any]
 Choice = Callable[[int, Array], int]
 """Node and scores [A] of its actions, -inf where illegal, to the action that is taken."""
+
+Network = Callable[[Array, Array, Array], Iterable[Array]]
+"""Parents [T], actions [T] and depths [T] of new nodes, one in each of T trees, to their rewards
+[T], values [T] and policy logits [T, A]."""
 
 ROOT = 0
 UNVISITED = -1
@@ -175,6 +179,15 @@ def expand(tree: Tree, reward: float, value: float, logits: Array) -> None:
         q = _q(tree, visited)
         tree.low, tree.high = min(tree.low, q), max(tree.high, q)
         gain = tree.reward[visited] + discount * gain
+
+
+def grow(forest: Sequence[Tree], network: Network, choose: Choice = first_best) -> None:
+    """Searches trees of as many simulations side by side: select, ask the network, expand."""
+    for _ in range(forest[0].config.num_simulations):
+        parent, action = np.array([select(tree, choose) for tree in forest]).T
+        depth = np.array([len(tree.path) for tree in forest])
+        for tree, *answer in zip(forest, *network(parent, action, depth), strict=True):
+            expand(tree, *answer)
 
 
 def visit_counts(tree: Tree) -> Array:

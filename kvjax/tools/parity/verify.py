@@ -5,28 +5,24 @@ Here are traces of a world model; `verify_trees` and `verify_episodes` have sear
 Shapes: B environments, C context_length in tokens, L layers, H heads, D head size.
 """
 
-import dataclasses
-import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from kvjax import store as stores
 from kvjax.lightzero.traces import npz, recording
 from kvjax.lightzero.traces import trace as traces
-from kvjax.mcts.inference import Inference, initial_inference, recurrent_inference
-from kvjax.model import step
-from kvjax.model.contexts import init_contexts
+from kvjax.mcts.inference import Inference
 from kvjax.model.step import Prediction
-from kvjax.model.unizero import UniZero, prepare
 from kvjax.ops.window import Window
-from kvjax.tools.parity.verify_episodes import EpisodeReport, verify_episodes
-from kvjax.tools.parity.verify_trees import TreeReport, verify_trees
+from kvjax.tools.parity.nodes import Carried, Stored
+from kvjax.tools.parity.report import Report
+from kvjax.tools.parity.verify_episodes import verify_episodes
+from kvjax.tools.parity.verify_trees import verify_trees
 
 Array = np.ndarray[Any, Any]
 Comparison = tuple[str, Array, Array]
@@ -48,31 +44,13 @@ TOLERANCE = 1e-4
 """Largest absolute error that counts as equal."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """What a replay found."""
-
-    trace: str
-    route: str
-    max_abs_error: dict[str, float]  # by output; infinite where either side is not finite
-    length_mismatches: int  # stored windows whose length differs; these are not compared further
-    steps: int
-    simulations: int
-    ok: bool  # no length differs and every error is within the tolerance
-
-    def as_json(self) -> dict[str, Any]:
-        """Fields for `--json`; an infinite error is null."""
-        errors = {k: e if math.isfinite(e) else None for k, e in self.max_abs_error.items()}
-        return dataclasses.asdict(self) | {"max_abs_error": errors}
-
-
 def verify(
     path: str | Path,
     *,
     route: str = "tree",
     tolerance: float | None = None,
     agent: str | Path | None = None,
-) -> Report | TreeReport | EpisodeReport:
+) -> Report:
     """Replays a trace of any kind.
 
     Args:
@@ -104,26 +82,29 @@ def verify(
 def verify_world_model(
     path: str | Path, *, route: str = "tree", tolerance: float = TOLERANCE
 ) -> Report:
-    """Replays a world-model trace; arguments and errors are those of `verify`."""
+    """Replays a world-model trace; arguments and errors are those of `verify`.
+
+    Returns:
+      Finds `max_abs_error` by output, infinite where either side is not finite;
+      `length_mismatches`, stored windows whose length differs and which are not compared further;
+      `steps` and `simulations`.
+    """
     trace = traces.read(path)
     errors = dict.fromkeys(OUTPUTS, 0.0)
     mismatches = 0
-    replay = {"tree": _replay_tree, "store": _replay_store}[route]
-    for name, ours, theirs in replay(trace):
+    for name, ours, theirs in _replay(trace, route):
         if name == _LENGTH:
             mismatches += int(np.sum(ours != theirs))
         else:
             errors[name] = max(errors[name], _max_abs_error(ours, theirs))
+    found = {
+        "max_abs_error": errors,
+        "length_mismatches": mismatches,
+        "steps": trace.num_steps,
+        "simulations": trace.num_steps * trace.num_simulations,
+    }
     within = all(error <= tolerance for error in errors.values())
-    return Report(
-        trace=str(path),
-        route=route,
-        max_abs_error=errors,
-        length_mismatches=mismatches,
-        steps=trace.num_steps,
-        simulations=trace.num_steps * trace.num_simulations,
-        ok=within and mismatches == 0,
-    )
+    return Report(str(path), route, found, ok=within and mismatches == 0)
 
 
 def _max_abs_error(ours: Array, theirs: Array) -> float:
@@ -131,81 +112,29 @@ def _max_abs_error(ours: Array, theirs: Array) -> float:
     return error if math.isfinite(error) else math.inf
 
 
-def _replay_tree(trace: traces.Trace) -> Iterator[Comparison]:
-    config = trace.config
-    model, imagine = prepare(trace.params, config=config), _recurrent_step(trace)
-    root_step = jax.jit(functools.partial(step.root_step, config=config))
-    window = init_contexts(config, trace.num_envs).window
+def _replay(trace: traces.Trace, route: str) -> Iterator[Comparison]:
+    nodes = _NODES[route](trace)
     for recorded in trace.steps():
-        action, timestep = (recorded[name].astype(np.int32) for name in ("action", "timestep"))
-        window, policy, value = root_step(model, window, action, recorded["latent"], timestep)
-        yield from _compare_root(window, policy, value, recorded)
-        nodes = [window]
+        asked = (recorded[name] for name in ("prev_latent", "action", "latent", "timestep"))
+        policy, value = nodes.observe(*asked)
+        yield from _compare_root(nodes.roots, policy, value, recorded)
         for index in range(trace.num_simulations):
-            parents = _gather(nodes, recorded["parent"][index])
-            action, depth = (
-                recorded[name][index].astype(np.int32) for name in ("sim_action", "depth")
-            )
-            child, prediction = imagine(model, parents, action, depth, timestep)
-            nodes.append(child)
-            yield from _compare_prediction(prediction, recorded, index)
+            edge = (recorded[name][index] for name in ("parent", "sim_action", "depth"))
+            yield from _compare_prediction(nodes.imagine(*edge), recorded, index)
 
 
-def _recurrent_step(trace: traces.Trace) -> Any:
-    """The batched recurrent step; for release 0.2.0 each row reads the padding of its batch."""
-
-    @jax.jit
-    def imagine(model: UniZero, window: Window, *rows: Any) -> Any:
-        pads = jnp.max(window.length) - window.length if trace.pads_are_read else None
-        return step.recurrent_step(model, window, *rows, config=trace.config, zero_keys=pads)
-
-    return imagine
+def _carried(trace: traces.Trace) -> Carried:
+    pads = trace.pads_are_read
+    return Carried(trace.params, trace.config, trace.num_envs, pads_are_read=pads)
 
 
-def _gather(nodes: list[Window], parent: Array) -> Window:
-    """Row b of node `parent[b]`, for each b."""
-    rows = [jax.tree.map(lambda x, b=b: x[b], nodes[node]) for b, node in enumerate(parent)]
-    gathered: Window = jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
-    return gathered
+def _stored(trace: traces.Trace) -> Stored:
+    store = stores.init_store(trace.config, trace.num_envs, trace.num_simulations)
+    options: dict[str, Any] = {"pads_are_read": trace.pads_are_read, "miss_policy": "error"}
+    return Stored(trace.params, trace.config, store, **options)
 
 
-def _replay_store(trace: traces.Trace) -> Iterator[Comparison]:
-    config = trace.config
-    store = stores.init_store(config, trace.num_envs, trace.num_simulations)
-    rows = np.arange(trace.num_envs)
-    for recorded in trace.steps():
-        timestep = recorded["timestep"]
-        store, out = initial_inference(
-            trace.params,
-            store,
-            recorded["prev_latent"],
-            recorded["action"],
-            recorded["latent"],
-            rows,
-            timestep,
-            config=config,
-        )
-        window = stores.take(store, stores.resolve(store, out.slot, jnp.asarray(rows)))
-        yield from _compare_root(window, out.policy, out.value, recorded)
-        latents = [recorded["latent"]]
-        for index in range(trace.num_simulations):
-            parent = np.stack(
-                [latents[node][b] for b, node in enumerate(recorded["parent"][index])]
-            )
-            store, out = recurrent_inference(
-                trace.params,
-                store,
-                parent,
-                recorded["sim_action"][index],
-                rows,
-                recorded["depth"][index],
-                timestep,
-                config=config,
-                pads_are_read=trace.pads_are_read,
-                miss_policy="error",
-            )
-            latents.append(np.asarray(out.latent))
-            yield from _compare_prediction(out, recorded, index)
+_NODES: dict[str, Callable[[traces.Trace], Carried | Stored]] = {"tree": _carried, "store": _stored}
 
 
 def _compare_root(

@@ -5,63 +5,33 @@ Recorded observations and actions go in; visits, actions and root values are com
 Shapes: A actions, E embedding size.
 """
 
-import dataclasses
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from kvjax import store as stores
 from kvjax.config import SearchConfig
 from kvjax.lightzero.traces import npz
 from kvjax.lightzero.traces.search_trace import Episode, EpisodeTrace, read_episodes
-from kvjax.mcts.search import search
 from kvjax.model import checkpoint, step
 from kvjax.model.checkpoint import Checkpoint
-from kvjax.model.contexts import init_contexts
-from kvjax.model.unizero import prepare
-from kvjax.ops import support
 from kvjax.tools.agent import read_agent
-from kvjax.tools.parity import near_ties, reference_tree
-from kvjax.tools.parity.host_search import encode, host_search, most_visited
-from kvjax.tools.parity.verify_trees import Difference, as_json, difference, relative_error
+from kvjax.tools.parity import reference_tree
+from kvjax.tools.parity.host_search import encode
+from kvjax.tools.parity.nodes import Carried, network
+from kvjax.tools.parity.report import Compared, Report, compare, differences
+from kvjax.tools.routes import ROUTES, Answer
 
 Array = np.ndarray[Any, Any]
-Answer = tuple[Array, float, int]
-"""Visits [A], root value and action of one search."""
-
 TOLERANCE = 1e-4
 """Largest relative error of a root value; models on two platforms do not agree to the last bit."""
 
-_root_step = jax.jit(step.root_step, static_argnames="config")
-_recurrent_step = jax.jit(step.recurrent_step, static_argnames="config")
-
 _LEAST_IDENTICAL = 0.995
 """Share of the steps whose visits must be identical."""
-
-
-@dataclasses.dataclass(frozen=True)
-class EpisodeReport:
-    """What the replay of an episode trace found."""
-
-    trace: str
-    route: str
-    checkpoint: str
-    steps: int
-    identical_visits: float  # share of the steps
-    identical_actions: float
-    near_ties: int  # differences that a near tie explains
-    max_root_value_error: float  # relative
-    differences: tuple[Difference, ...]
-    ok: bool  # near ties aside, all actions and 99.5 % of the visits are identical
-
-    def as_json(self) -> dict[str, Any]:
-        """Fields for `--json`; an infinite error is null."""
-        return as_json(self)
 
 
 def verify_episodes(
@@ -70,7 +40,7 @@ def verify_episodes(
     route: str = "tree",
     agent: str | Path | None = None,
     tolerance: float = TOLERANCE,
-) -> EpisodeReport:
+) -> Report:
     """Replays an episode trace: recorded observations and actions go in, visits are compared.
 
     Args:
@@ -80,6 +50,12 @@ def verify_episodes(
         environment.
       tolerance: largest relative error of a root value.
 
+    Returns:
+      Finds the `checkpoint`; the number of `steps`; the shares of `identical_visits` and
+      `identical_actions`; the number of `near_ties` that explain a difference;
+      `max_root_value_error`, relative; and the `differences`. All is well if, near ties aside, all
+      actions and 99.5 % of the visits are identical.
+
     Raises:
       FileNotFoundError: no such file.
       ValueError: the file is no episode trace, is incomplete, or the agent is another one.
@@ -87,63 +63,22 @@ def verify_episodes(
     trace = read_episodes(path)
     name = str(agent) if agent is not None else _shipped_agent(path, trace)
     player = _read_player(path, trace, name)
-    replay = {"tree": _replay_tree, "store": _replay_store}[route]
-    tally = _Tally()
-    for episode in trace.episodes:
-        for t, answer in enumerate(replay(player, trace.search, episode)):
-            tally = _compare(tally, player, trace.search, episode, t, answer)
-    explained = sum(d.margin is not None for d in tally.differences)
-    unexplained = len(tally.differences) - explained
-    few = unexplained <= (1.0 - _LEAST_IDENTICAL) * tally.steps
-    return EpisodeReport(
-        trace=str(path),
-        route=route,
-        checkpoint=name,
-        steps=tally.steps,
-        identical_visits=1.0 - len(tally.differences) / tally.steps,
-        identical_actions=1.0 - tally.other_actions / tally.steps,
-        near_ties=explained,
-        max_root_value_error=tally.worst,
-        differences=tally.differences,
-        ok=few and tally.wrong_actions == 0 and tally.worst <= tolerance,
-    )
+    searches = list(_replay(player, trace, route))
+    found: dict[str, Any] = {
+        "checkpoint": name,
+        "steps": len(searches),
+        "identical_visits": _share(one.same_visits for one in searches),
+        "identical_actions": _share(one.same_action for one in searches),
+    }
+    found |= differences(searches)
+    explained = _share(one.same_visits or one.tie is not None for one in searches)
+    actions = all(one.same_action or one.tie is not None for one in searches)
+    close = found["max_root_value_error"] <= tolerance
+    return Report(str(path), route, found, explained >= _LEAST_IDENTICAL and actions and close)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Tally:
-    steps: int = 0
-    other_actions: int = 0
-    wrong_actions: int = 0  # other actions that no near tie explains
-    worst: float = 0.0  # relative error of a root value
-    differences: tuple[Difference, ...] = ()
-
-
-def _compare(
-    tally: _Tally,
-    player: Checkpoint,
-    config: SearchConfig,
-    episode: Episode,
-    t: int,
-    answer: Answer,
-) -> _Tally:
-    """Adds step `t` of an episode."""
-    visits, root_value, action = answer
-    recorded, tie = episode.visits[t], None
-    other_action, found = action != episode.actions[t], tally.differences
-    if not np.array_equal(visits, recorded):
-        if math.isfinite(root_value):
-            start = functools.partial(_begin, player, config, episode, t)
-            tie = near_ties.find(start, visits, recorded)
-        where = f"seed {episode.seed}, step {t}"
-        found = (*found, difference(where, visits, recorded, tie))
-    value = tie.root_value if tie else root_value
-    return _Tally(
-        steps=tally.steps + 1,
-        other_actions=tally.other_actions + other_action,
-        wrong_actions=tally.wrong_actions + (other_action and tie is None),
-        worst=max(tally.worst, relative_error(value, float(episode.root_values[t]))),
-        differences=found,
-    )
+def _share(are: Iterable[bool]) -> float:
+    return float(np.mean(list(are)))
 
 
 def _shipped_agent(path: str | Path, trace: EpisodeTrace) -> str:
@@ -176,68 +111,29 @@ def _read_player(path: str | Path, trace: EpisodeTrace, name: str) -> Checkpoint
     return player
 
 
+def _replay(player: Checkpoint, trace: EpisodeTrace, route: str) -> Iterator[Compared]:
+    search_step = ROUTES[route](player.params, player.config, trace.search, 1)
+    nodes, rng = Carried(player.params, player.config, 1), jax.random.key(0)
+    for episode in trace.episodes:
+        recorded = zip(episode.visits, episode.root_values, episode.actions, strict=True)
+        for t, answer in enumerate(recorded):
+            ours = search_step(rng, episode.observations[t, None], _last_action(episode, t))
+            begin = functools.partial(_begin, player, nodes, trace.search, episode, t)
+            where = f"seed {episode.seed}, step {t}"
+            yield compare(where, Answer(*(x[0] for x in ours)), Answer(*answer), begin)
+
+
 def _last_action(episode: Episode, t: int) -> Array:
     return np.array([episode.actions[t - 1] if t else step.FIRST_STEP])
 
 
-def _replay_tree(player: Checkpoint, config: SearchConfig, episode: Episode) -> Iterator[Answer]:
-    contexts = init_contexts(player.config, 1)
-    prepared, rng = prepare(player.params, config=player.config), jax.random.key(0)
-    for t, observation in enumerate(episode.observations):
-        contexts, out = search(
-            prepared,
-            rng,
-            contexts,
-            observation[None],
-            _last_action(episode, t),
-            config=player.config,
-            search=config,
-        )
-        yield np.asarray(out.visit_counts[0]), float(out.root_value[0]), int(out.action[0])
-
-
-def _replay_store(player: Checkpoint, config: SearchConfig, episode: Episode) -> Iterator[Answer]:
-    store = stores.init_store(player.config, 1, config.num_simulations)
-    latent = np.zeros((1, player.config.embed_dim), np.float32)
-    for t, observation in enumerate(episode.observations):
-        store, latent, forest = host_search(
-            player.params,
-            store,
-            latent,
-            observation[None],
-            _last_action(episode, t),
-            np.array([t]),
-            config=player.config,
-            search=config,
-        )
-        tree = forest[0]
-        action = int(most_visited(forest)[0])
-        yield reference_tree.visit_counts(tree), reference_tree.root_value(tree), action
-
-
 def _begin(
-    player: Checkpoint, search_config: SearchConfig, episode: Episode, t: int
-) -> tuple[reference_tree.Tree, near_ties.Network]:
+    player: Checkpoint, nodes: Carried, search_config: SearchConfig, episode: Episode, t: int
+) -> tuple[reference_tree.Tree, reference_tree.Network]:
     """The host's tree of one step, and the network behind whole windows: slow, and for one step."""
-    config, params = player.config, player.params
-    model = prepare(params, config=config)
-    push = functools.partial(_root_step, model, config=config)
-    imagine = functools.partial(_recurrent_step, model, config=config)
-    window = init_contexts(config, 1).window
-    latents = encode(params, episode.observations[: t + 1], config=config)
-    for s, latent in enumerate(latents):
-        window, policy, _ = push(window, _last_action(episode, s), latent[None], np.array([s]))
-    nodes, depths = [window], [0]
-
-    def network(node: int, action: int) -> tuple[float, float, Array]:
-        depths.append(depths[node] + 1)
-        row = (np.array([x], np.int32) for x in (action, depths[-1], t))
-        child, answer = imagine(nodes[node], *row)
-        nodes.append(child)
-        reward, value = (
-            support.to_scalar(x[0], config.support) for x in (answer.reward, answer.value)
-        )
-        return float(reward), float(value), np.asarray(answer.policy[0])
-
-    legal = np.ones(config.num_actions, bool)
-    return reference_tree.init(np.asarray(policy[0]), legal, search_config), network
+    for s, observation in enumerate(episode.observations[: t + 1]):
+        latent = encode(player.params, observation[None], config=player.config)
+        policy, _ = nodes.observe(latent, _last_action(episode, s), latent, np.array([s]))
+    legal = np.ones(player.config.num_actions, bool)
+    tree = reference_tree.init(np.asarray(policy[0]), legal, search_config)
+    return tree, network(nodes, player.config)

@@ -6,7 +6,6 @@ Shapes: B trees, A actions, N nodes.
 import dataclasses
 import functools
 import itertools
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,9 @@ from kvjax.config import SearchConfig
 from kvjax.lightzero.traces import npz
 from kvjax.lightzero.traces.search_trace import NOISE_FRACTION, RecordedTree, read_trees
 from kvjax.mcts import tree as trees
-from kvjax.tools.parity import near_ties, reference_tree
+from kvjax.tools.parity import reference_tree
+from kvjax.tools.parity.report import Report, compare, differences
+from kvjax.tools.routes import Answer
 
 Array = np.ndarray[Any, Any]
 
@@ -27,63 +28,18 @@ TOLERANCE = 1e-5
 """Largest relative error of a root value."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Difference:
-    """A search whose visits are not the recorded ones."""
-
-    where: str
-    visits: list[int]
-    recorded: list[int]
-    margin: float | None  # difference of the two scores of the near tie that explains it
-
-
-@dataclasses.dataclass(frozen=True)
-class TreeReport:
-    """What the replay of a tree trace found."""
-
-    trace: str
-    route: str
-    trees: int
-    identical_visits: int
-    near_ties: int  # differences that a near tie explains
-    max_root_value_error: float  # relative; infinite where a value is not finite
-    differences: tuple[Difference, ...]
-    ok: bool  # every difference is a near tie and every root value within the tolerance
-
-    def as_json(self) -> dict[str, Any]:
-        """Fields for `--json`; an infinite error is null."""
-        return as_json(self)
-
-
-def as_json(report: Any) -> dict[str, Any]:
-    """Fields of a report of searches; an infinite error is null."""
-    error = report.max_root_value_error
-    fields = dataclasses.asdict(report)
-    return fields | {"max_root_value_error": error if math.isfinite(error) else None}
-
-
-def relative_error(ours: float, theirs: float) -> float:
-    """Relative to `theirs`; infinite where `ours` is not finite."""
-    if not math.isfinite(ours):
-        return math.inf
-    return abs(ours - theirs) / abs(theirs) if theirs else abs(ours)
-
-
-def difference(where: str, ours: Array, theirs: Array, tie: near_ties.NearTie | None) -> Difference:
-    """A difference of visits [A], and what explains it."""
-    margin = tie.margin if tie else None
-    return Difference(where, np.asarray(ours).tolist(), np.asarray(theirs).tolist(), margin)
-
-
-def verify_trees(
-    path: str | Path, *, route: str = "tree", tolerance: float = TOLERANCE
-) -> TreeReport:
+def verify_trees(path: str | Path, *, route: str = "tree", tolerance: float = TOLERANCE) -> Report:
     """Replays a tree trace.
 
     Args:
       path: see `kvjax.lightzero.traces.search_trace`.
       route: "tree" searches in jit, "store" with the tree of searches that live on the host.
       tolerance: largest relative error of a root value.
+
+    Returns:
+      Finds the number of `trees`, of those with `identical_visits`, and of `near_ties` that explain
+      a difference; `max_root_value_error`, relative; and the `differences`. All is well if near
+      ties explain all of them and every root value is within the tolerance.
 
     Raises:
       FileNotFoundError: no such file.
@@ -92,25 +48,25 @@ def verify_trees(
     recorded = read_trees(path)
     _check_size(path, recorded)
     answers = {"tree": _search_in_jit, "store": _search_on_host}[route](recorded)
-    worst, differences = 0.0, []
-    for index, (tree, (visits, root_value)) in enumerate(zip(recorded, answers, strict=True)):
-        if not np.array_equal(visits, tree.visits):
-            start = functools.partial(_begin, tree)
-            tie = near_ties.find(start, visits, tree.visits) if math.isfinite(root_value) else None
-            differences.append(difference(f"tree {index}", visits, tree.visits, tie))
-            root_value = tie.root_value if tie else root_value
-        worst = max(worst, relative_error(root_value, tree.root_value))
-    explained = sum(d.margin is not None for d in differences)
-    return TreeReport(
-        trace=str(path),
-        route=route,
-        trees=len(recorded),
-        identical_visits=len(recorded) - len(differences),
-        near_ties=explained,
-        max_root_value_error=worst,
-        differences=tuple(differences),
-        ok=explained == len(differences) and worst <= tolerance,
-    )
+    searches = [
+        compare(
+            f"tree {index}",
+            _answer(*answer),
+            _answer(tree.visits, tree.root_value),
+            functools.partial(_begin, tree),
+        )
+        for index, (tree, answer) in enumerate(zip(recorded, answers, strict=True))
+    ]
+    identical = sum(one.same_visits for one in searches)
+    found = {"trees": len(recorded), "identical_visits": identical} | differences(searches)
+    explained = identical + found["near_ties"] == len(recorded)
+    ok = explained and found["max_root_value_error"] <= tolerance
+    return Report(str(path), route, found, ok)
+
+
+def _answer(visits: Array, root_value: float) -> Answer:
+    """Trees are replayed without what was then done."""
+    return Answer(visits, np.array(root_value), np.array(0))
 
 
 def _check_size(path: str | Path, recorded: Sequence[RecordedTree]) -> None:
@@ -122,24 +78,18 @@ def _check_size(path: str | Path, recorded: Sequence[RecordedTree]) -> None:
     npz.check_bytes(what, 4 * edges * (actions + 2))
 
 
-def _begin(recorded: RecordedTree) -> tuple[reference_tree.Tree, near_ties.Network]:
+def _begin(recorded: RecordedTree) -> tuple[reference_tree.Tree, reference_tree.Network]:
     """The host's tree of a recorded search, and the network as its table says."""
     config = dataclasses.replace(recorded.config, noise_fraction=NOISE_FRACTION)
     tree = reference_tree.init(recorded.root_logits, recorded.legal, config, recorded.noise)
-
-    def network(node: int, action: int) -> tuple[float, float, Array]:
-        edge = node, action
-        return recorded.reward[edge], recorded.value[edge], recorded.logits[edge]
-
-    return tree, network
+    tables = recorded.reward, recorded.value, recorded.logits
+    return tree, lambda parent, action, depth: [table[parent, action] for table in tables]
 
 
 def _search_on_host(recorded: Sequence[RecordedTree]) -> Iterator[tuple[Array, float]]:
     for one in recorded:
         tree, network = _begin(one)
-        for _ in range(one.config.num_simulations):
-            edge = reference_tree.select(tree)
-            reference_tree.expand(tree, *network(*edge))
+        reference_tree.grow([tree], network)
         yield reference_tree.visit_counts(tree), reference_tree.root_value(tree)
 
 

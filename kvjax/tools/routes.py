@@ -1,0 +1,89 @@
+"""Two routes to a search's answer for a batch of environments: a tree in jit, or one on the host.
+
+A route begins environments and gives their `Step`: what was observed goes in, an answer comes out,
+and each environment's context is remembered.
+
+Shapes: B environments, A actions.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from kvjax import store as stores
+from kvjax.base.values import require
+from kvjax.config import SearchConfig, WorldModelConfig
+from kvjax.mcts.search import search
+from kvjax.mcts.subtree import Kept
+from kvjax.model.contexts import init_contexts
+from kvjax.model.step import FIRST_STEP
+from kvjax.model.unizero import prepare
+from kvjax.model.world_model import Params
+from kvjax.tools.parity import reference_tree as trees
+from kvjax.tools.parity.host_search import host_search
+
+Array = np.ndarray[Any, Any]
+
+
+class Answer(NamedTuple):
+    """What a search says."""
+
+    visits: Array  # [B, A] int
+    root_value: Array  # [B]
+    action: Array  # [B] int, the most visited one, the first on ties
+
+
+Step = Callable[[jax.Array, Array, Array], Answer]
+"""Key, observations [B, observation_size], last actions [B] (-1 restarts a row) to the answer."""
+
+Route = Callable[[Params, WorldModelConfig, SearchConfig, int], Step]
+"""A model, how to search and the number of environments to the step of environments that begin."""
+
+
+def _tree(
+    params: Params, config: WorldModelConfig, search_config: SearchConfig, num_envs: int
+) -> Step:
+    """By `kvjax.search`."""
+    contexts, prepared = init_contexts(config, num_envs), prepare(params, config=config)
+    kept: Kept | None = None
+
+    def step(rng: jax.Array, observation: Array, last_action: Array) -> Answer:
+        nonlocal contexts, kept
+        arguments = rng, contexts, observation, last_action
+        contexts, out = search(prepared, *arguments, config=config, search=search_config, kept=kept)
+        kept = out.kept
+        return Answer(*map(np.asarray, (out.visit_counts, out.root_value, out.action)))
+
+    return step
+
+
+def _store(
+    params: Params, config: WorldModelConfig, search_config: SearchConfig, num_envs: int
+) -> Step:
+    """By `host_search`; raises `ValueError` if its trees are to keep nodes."""
+    kept = search_config.kept_nodes
+    require(kept == 0, f'route "store" begins each search anew: kept_nodes must be 0, got {kept}')
+    clear = jax.jit(stores.clear_environment, donate_argnames=("store",))
+    store = stores.init_store(config, num_envs, search_config.num_simulations)
+    latent = np.zeros((num_envs, config.embed_dim), np.float32)
+    timestep = np.zeros(num_envs, np.int32)
+
+    def step(rng: jax.Array, observation: Array, last_action: Array) -> Answer:
+        nonlocal store, latent, timestep
+        del rng  # the host's tree draws nothing
+        starts = last_action == FIRST_STEP
+        timestep = np.where(starts, 0, timestep + 1)
+        for env_id in np.flatnonzero(starts):
+            store = clear(store, env_id)
+        arguments = store, latent, observation, last_action, timestep
+        store, latent, forest = host_search(params, *arguments, config=config, search=search_config)
+        visits = np.stack([trees.visit_counts(tree) for tree in forest])
+        values = np.array([trees.root_value(tree) for tree in forest])
+        return Answer(visits, values, visits.argmax(axis=1))
+
+    return step
+
+
+ROUTES: dict[str, Route] = {"tree": _tree, "store": _store}
