@@ -10,9 +10,9 @@ from test_kv_cache_manager import content, filled
 from torch_models import Driver, make
 
 from kvjax import lightzero
+from kvjax.lightzero import manager
 from kvjax.lightzero.attach import bridge, exchange
 from kvjax.lightzero.attach.attached import state_of
-from kvjax.lightzero.manager import kv_cache_pool
 
 __all__ = ["pytestmark"]
 
@@ -79,13 +79,13 @@ def test_of_an_attached_model_every_entry_is_found(step):
 
 @pytest.mark.parametrize("eviction", ["fifo", "lru"])
 def test_of_a_pool_every_entry_is_found(eviction):
-    pool, number, left = kv_cache_pool.KVCachePool(50, eviction), 0, 0
+    pool, number, left = manager.KVCachePool(50, eviction), 0, 0
     kept = {key: filled(key) for key in range(3)}
     for key, value in kept.items():
         pool.set(key, value)
     while left <= 0:
         number += 1
-        with Interrupt(number, kv_cache_pool) as interrupt:
+        with Interrupt(number, manager) as interrupt:
             pool.set(3, kept[0])
             pool.get(1)
         left = interrupt.left

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from kvjax.lightzero import KVCacheManager
-from kvjax.lightzero.manager.kv_cache_pool import KVCachePool
+from kvjax.lightzero.manager import KVCachePool
 from kvjax.tools.bench import lightzero_020
 
 torch = pytest.importorskip("torch")

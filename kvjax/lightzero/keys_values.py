@@ -1,9 +1,9 @@
-"""LightZero's `KeysValues` at the edge of kvjax: packed into words, and built anew from them.
+"""LightZero's `KeysValues`: looked into, packed into words, and built anew from them.
 
-A `KeysValues` is known by its attributes alone (`_keys_values`, of each layer `_k_cache` and
-`_v_cache`, of each cache `_cache` and `_size`), so every release's own class goes in and comes out.
-Words are the tensors' bits: what comes out is equal bit for bit, whatever the dtype, unused slots
-included, and shares memory with nothing.
+It is known by its attributes alone (`_keys_values`, of each layer `_k_cache` and `_v_cache`, of
+each cache `_cache` and `_size`), so every release's own class goes in and comes out. Words are the
+tensors' bits: what comes out is equal bit for bit, whatever the dtype, unused slots included, and
+shares memory with nothing.
 
 Shapes: L layers, N rows (1 in LightZero's pools), H heads, T slots, D head size, W words.
 """
@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from kvjax.base.values import require
 
 KeysValues = Any
 """LightZero's class of that name, of either release."""
@@ -34,19 +36,9 @@ class Layout:
         return f"{self.num_layers} layers of {self.dtype} {self.shape} on {self.device}"
 
 
-def _caches(keys_values: KeysValues) -> list[Any]:
+def caches(keys_values: KeysValues) -> list[Any]:
     """Keys and values of each layer in turn: 2 L objects that hold `_cache` and `_size`."""
-    try:
-        layers = keys_values._keys_values
-        found = [cache for layer in layers for cache in (layer._k_cache, layer._v_cache)]
-        if found and all(len(x._cache.shape) == 4 and x._size >= 0 for x in found):
-            return found
-    except (AttributeError, TypeError):
-        pass
-    raise ValueError(
-        "expected LightZero's KeysValues (layers of caches with tensors [N, H, T, D]), got"
-        f" {type(keys_values).__name__}"
-    )
+    return [c for layer in keys_values._keys_values for c in (layer._k_cache, layer._v_cache)]
 
 
 def layout(keys_values: KeysValues) -> Layout:
@@ -55,13 +47,21 @@ def layout(keys_values: KeysValues) -> Layout:
     Raises:
       ValueError: it is none, or its layers differ among each other.
     """
-    caches = _caches(keys_values)
+    try:
+        found = caches(keys_values)
+        valid = bool(found) and all(len(x._cache.shape) == 4 and x._size >= 0 for x in found)
+    except (AttributeError, TypeError):
+        valid = False
+    require(
+        valid,
+        "expected LightZero's KeysValues (layers of caches with tensors [N, H, T, D]), got"
+        f" {type(keys_values).__name__}",
+    )
     layouts = {
-        Layout(len(caches) // 2, tuple(x.shape), x.dtype, str(x.device))
-        for x in (cache._cache for cache in caches)
+        Layout(len(found) // 2, tuple(x.shape), x.dtype, str(x.device))
+        for x in (cache._cache for cache in found)
     }
-    if len(layouts) > 1:
-        raise ValueError(f"layers differ: {', '.join(sorted(map(str, layouts)))}")
+    require(len(layouts) == 1, f"layers differ: {', '.join(sorted(map(str, layouts)))}")
     return layouts.pop()
 
 
@@ -69,15 +69,15 @@ def pack(keys_values: KeysValues) -> tuple[Words, Words]:
     """The bits of all tensors, [W] int32, and the sizes of all caches, [2 L] int32. Copies."""
     import torch
 
-    caches = _caches(keys_values)
-    stacked = torch.stack([cache._cache.detach() for cache in caches]).cpu()
-    sizes = np.asarray([int(cache._size) for cache in caches], np.int32)
+    held = caches(keys_values)
+    stacked = torch.stack([cache._cache.detach() for cache in held]).cpu()
+    sizes = np.asarray([int(cache._size) for cache in held], np.int32)
     return stacked.reshape(-1).view(torch.int32).numpy(), sizes
 
 
 def skeleton(keys_values: KeysValues) -> KeysValues:
     """The same objects without tensors: what `unpack` builds on."""
-    empty = [None] * len(_caches(keys_values))
+    empty = [None] * len(caches(keys_values))
     return _with_caches(keys_values, empty, [0] * len(empty))
 
 
@@ -92,12 +92,10 @@ def unpack(bones: KeysValues, shape: Layout, words: Words, sizes: Words) -> Keys
 
 def _with_caches(keys_values: KeysValues, tensors: list[Any], sizes: list[int]) -> KeysValues:
     """A copy of the objects, down to the caches, that holds other tensors."""
-    built, contents = copy.copy(keys_values), iter(zip(tensors, sizes, strict=True))
-    layers = [copy.copy(layer) for layer in keys_values._keys_values]
-    for layer in layers:
-        for name in ("_k_cache", "_v_cache"):
-            cache = copy.copy(getattr(layer, name))
-            cache._cache, cache._size = next(contents)
-            setattr(layer, name, cache)
-    built._keys_values = tuple(layers)
+    built = copy.copy(keys_values)
+    built._keys_values = tuple(copy.copy(layer) for layer in keys_values._keys_values)
+    for layer in built._keys_values:
+        layer._k_cache, layer._v_cache = copy.copy(layer._k_cache), copy.copy(layer._v_cache)
+    for cache, tensor, size in zip(caches(built), tensors, sizes, strict=True):
+        cache._cache, cache._size = tensor, size
     return built
