@@ -56,7 +56,12 @@ class Description:
     @functools.cached_property
     def kept(self) -> int:
         """Tokens that a full window keeps."""
-        return 1 if self.config.window_mode == "reset" else self.config.window.kept_length
+        return 1 if self.config.window_mode == "reset" else self.stored
+
+    @functools.cached_property
+    def stored(self) -> int:
+        """K, tokens of the longest window that is ever stored."""
+        return self.config.window.kept_length
 
     @functools.cached_property
     def keeps_tokens(self) -> bool:
@@ -67,8 +72,8 @@ class Description:
     def cache_shape(self) -> tuple[int, int, int, int, int]:
         """(L, 2, H, C, D)."""
         window = self.config.window
-        shape = window.num_heads, window.context_length, window.head_dim
-        return window.num_layers, 2, *shape
+        layers, two, heads, size = window.token_shape
+        return layers, two, heads, window.context_length, size
 
 
 def unwrap(world_model: Any) -> Any:
@@ -171,7 +176,7 @@ def slide_correction(wm: Any, description: Description) -> Array:
     import torch
 
     layers, two, heads, length, size = description.cache_shape
-    kept = length - 1 - BLOCK
+    kept = description.stored
     if description.rotary or description.exact:
         return np.zeros((layers, two, heads, kept, size), np.float32)
     with torch.no_grad():
@@ -187,12 +192,8 @@ def table_error(wm: Any, correction: Array) -> float:
     """How far the module's own precomputed table is from `correction`: 0 if it has none."""
     if not hasattr(wm, "pos_emb_diff_k"):
         return 0.0
-    own = np.stack(
-        [
-            np.stack([_only_entry(keys), _only_entry(values)])
-            for keys, values in zip(wm.pos_emb_diff_k, wm.pos_emb_diff_v, strict=True)
-        ]
-    )  # [L, 2, H, K, D]
+    layers = zip(wm.pos_emb_diff_k, wm.pos_emb_diff_v, strict=True)
+    own = np.stack([np.stack([_only_entry(table) for table in layer]) for layer in layers])
     error = float(np.abs(own - correction).max())
     return error if error > _TABLE_TOLERANCE * max(1.0, float(np.abs(correction).max())) else 0.0
 
@@ -203,15 +204,32 @@ def _only_entry(tables: dict[Any, Any]) -> Array:
     return entry
 
 
-def correction_weights(wm: Any, description: Description) -> list[Any]:
-    """The parameters that `slide_correction` reads."""
-    if description.rotary or description.exact:
-        return []
-    layers = [layer for b in wm.transformer.blocks for layer in (b.attn.key, b.attn.value)]
-    return [wm.pos_emb.weight, *(p for layer in layers for p in layer.parameters())]
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """How a world model's weights looked, to notice when they change."""
+
+    watched: list[Any]  # the parameters that `slide_correction` reads
+    versions: tuple[int, ...]  # of these
+    all: tuple[Any, ...]  # versions of all parameters, and some of their numbers
 
 
-def versions(parameters: list[Any]) -> tuple[int, ...]:
+def look_at_weights(wm: Any, description: Description) -> Weights:
+    """How a world model's weights look now."""
+    watched = []
+    if not (description.rotary or description.exact):
+        layers = [layer for b in wm.transformer.blocks for layer in (b.attn.key, b.attn.value)]
+        watched = [wm.pos_emb.weight, *(p for layer in layers for p in layer.parameters())]
+    return Weights(watched, _versions(watched), _fingerprint(wm))
+
+
+def have_changed(weights: Weights, wm: Any, *, thorough: bool) -> bool:
+    """Whether the weights that a correction reads, or if `thorough` any, are others by now."""
+    if thorough:
+        return _fingerprint(wm) != weights.all
+    return _versions(weights.watched) != weights.versions
+
+
+def _versions(parameters: list[Any]) -> tuple[int, ...]:
     """Changes when a parameter is written to in place or gets other memory."""
     return tuple(x for p in parameters for x in (p.data_ptr(), _version(p)))
 
@@ -221,10 +239,12 @@ def _version(parameter: Any) -> int:
     return 0 if parameter.is_inference() else parameter._version
 
 
-def samples(parameters: list[Any]) -> bytes:
-    """A few numbers of each parameter: writes through `.data` count no version."""
+def _fingerprint(wm: Any) -> tuple[Any, ...]:
+    """Versions, and a few numbers of each parameter: writes through `.data` count no version."""
     import torch
 
+    parameters = list(wm.parameters())
     with torch.no_grad():
         few = [p.detach().reshape(-1)[:_SAMPLES] for p in parameters if p.numel()]
-        return torch.cat(few).cpu().numpy().tobytes() if few else b""
+        numbers = torch.cat(few).cpu().numpy().tobytes() if few else b""
+    return _versions(parameters), numbers

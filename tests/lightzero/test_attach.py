@@ -323,11 +323,11 @@ def test_a_forward_pass_finds_nothing_waiting_in_the_memory_it_writes_to():
     _, twin, _ = pair()
     wm = twin.world_model
     Driver(twin, 4).step(2)
-    scope = state_of(wm).bridge.scope
-    assert scope.pending is not None
+    bridge = state_of(wm).bridge
+    assert bridge.scope.pending is not None
     with torch.no_grad():
         wm.forward({"obs_embeddings": torch.zeros(4, 1, 32)}, past_keys_values=wm.keys_values_wm)
-    assert scope.pending is None
+    assert bridge.scope.pending is None
 
 
 def test_any_weight_counts_and_may_be_announced():

@@ -131,12 +131,12 @@ def test_a_forward_pass_settles_every_scope():
     wm, driver = twin.world_model, Driver(twin, ROWS)
     with handle.scope("collect"):
         driver.step(2)
-        scope = scope_of(wm)
-    assert scope.pending is not None
+    bridge = state_of(wm).bridge
+    assert bridge._scopes["collect"].pending is not None
     with torch.no_grad():
         tokens = {"obs_embeddings": torch.zeros(ROWS, 1, 32)}
         wm.forward(tokens, past_keys_values=wm.keys_values_wm)
-    assert scope.pending is None
+    assert bridge._scopes["collect"].pending is None
 
 
 def test_a_copy_has_what_waited_when_it_was_made():
@@ -171,7 +171,7 @@ def test_latents_with_gradients_leave_no_graph_behind():
 
 def test_look_ups_one_after_the_other_use_the_same_memory():
     wm, _, _ = searched()
-    exchange = scope_of(wm)._exchanges[ROWS]
+    exchange = scope_of(wm).exchanges[ROWS]
     place = exchange.batch.unsafe_buffer_pointer()
     for _ in range(3):
         look_up(wm, fill(0.0))

@@ -105,7 +105,7 @@ def test_a_larger_search_is_not_compiled_again_and_again():
     model, _ = attached()
     driver = Driver(model, ROWS)
     driver.step(SEARCHED)
-    between = state_of(model.world_model).bridge.scope._between
+    between = state_of(model.world_model).bridge.scope.between
     compiled = between._cache_size(), layout.file._cache_size()
     for _ in range(3):
         driver.step(SEARCHED)

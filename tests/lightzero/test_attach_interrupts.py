@@ -11,7 +11,7 @@ from torch_models import Driver, make
 
 from kvjax import lightzero
 from kvjax.lightzero import manager
-from kvjax.lightzero.attach import bridge, exchange
+from kvjax.lightzero.attach import bridge, scope
 from kvjax.lightzero.attach.attached import state_of
 
 __all__ = ["pytestmark"]
@@ -52,7 +52,6 @@ class Interrupt:
 def test_of_an_attached_model_every_entry_is_found(step):
     model = make()
     handle, wm = lightzero.attach(model.world_model), model.world_model
-    scope = state_of(wm).bridge.scope
     driver = Driver(model, ROWS)
     time, number, left = np.zeros(ROWS, int), 0, 0
     while left <= 0:
@@ -60,8 +59,8 @@ def test_of_an_attached_model_every_entry_is_found(step):
         root = driver.step(0)[2]
         nodes = [root]
         driver.simulate(nodes, 0, time)
-        assert scope.pending is not None
-        with Interrupt(number, bridge, exchange) as interrupt:
+        assert state_of(wm).bridge.scope.pending is not None
+        with Interrupt(number, bridge, scope) as interrupt:
             if step == "root step":
                 driver.step(0)
             elif step == "simulation":

@@ -1,7 +1,6 @@
 """Whose memory an attached model's caches are: nobody's but torch's, whatever a caller does."""
 
 import copy
-import dataclasses
 
 import jax
 import numpy as np
@@ -11,8 +10,9 @@ from torch_models import SMALL, Driver, difference
 
 from kvjax.base import dlpack
 from kvjax.lightzero.attach import layout
+from kvjax.lightzero.attach import scope as scopes
 from kvjax.lightzero.attach.attached import state_of
-from kvjax.lightzero.attach.exchange import Exchange
+from kvjax.lightzero.attach.scope import Exchange
 
 __all__ = ["pytestmark"]
 
@@ -61,7 +61,7 @@ def test_caches_that_a_caller_keeps_stay_as_they_are(keep):
 def test_memory_that_nobody_keeps_is_used_again():
     ours, _, _ = drivers()
     wm = ours.model.world_model
-    exchange = state_of(wm).bridge.scope._exchanges[ROWS]
+    exchange = state_of(wm).bridge.scope.exchanges[ROWS]
 
     def place():
         return exchange.batch.unsafe_buffer_pointer()
@@ -102,17 +102,17 @@ def test_others_may_look_at_memory(look):
 
 def test_an_error_leaves_no_half_of_an_exchange(monkeypatch):
     ours, theirs, handle = drivers()
-    take, exchanges = Exchange.take, state_of(ours.model.world_model).bridge.scope._exchanges
+    take, bridge = Exchange.take, state_of(ours.model.world_model).bridge
 
     def failed(*args):
         monkeypatch.setattr(Exchange, "take", take)
         raise MemoryError
 
     monkeypatch.setattr(Exchange, "take", failed)
-    assert exchanges
+    assert bridge.scope.exchanges
     with pytest.raises(MemoryError):
         ours.step(3)
-    assert not exchanges
+    assert not bridge.scope.exchanges
     ours, theirs = Driver(ours.model, ROWS, seed=1), Driver(theirs.model, ROWS, seed=1)
     for _ in range(3):
         assert difference(theirs.step(3), ours.step(3)) < TOLERANCE
@@ -132,9 +132,12 @@ def test_an_error_after_a_call_loses_entries_and_nothing_else(monkeypatch, name)
 
         return failed
 
-    call, makes_a_call = getattr(layout, name), name == "file_and_look_up"
-    replacement = (lambda *args: failing(call(*args))) if makes_a_call else failing(call)
-    monkeypatch.setattr(layout, name, replacement)
+    if name == "file_and_look_up":
+        bridge = state_of(ours.model.world_model).bridge
+        scope = bridge.scope
+        bridge._scopes["default"] = scope._replace(between=failing(scope.between))
+    else:
+        monkeypatch.setattr(layout, name, failing(getattr(layout, name)))
     with pytest.raises(MemoryError):
         ours.step(3)
     ours, theirs = Driver(ours.model, ROWS, seed=1), Driver(theirs.model, ROWS, seed=1)
@@ -170,16 +173,18 @@ def test_only_what_was_found_and_grew_by_a_block_may_wait():
     bridge = state_of(wm).bridge
     written, rows = bridge.written(wm.keys_values_wm, ROWS), bridge._rows_of(range(ROWS))
     lengths = list(wm.keys_values_wm_size_list_current)
-    assert bridge.scope.can_file_later(written, rows, lengths)
-    assert not bridge.scope.can_file_later(written, rows, [lengths[0] - 1, *lengths[1:]])
-    longer = dataclasses.replace(written, end=written.end + 1)
-    assert not bridge.scope.can_file_later(longer, rows, lengths)
-    elsewhere = dataclasses.replace(written.memory, place=written.memory.place + 64)
-    moved = dataclasses.replace(written, memory=elsewhere)
-    assert not bridge.scope.can_file_later(moved, rows, lengths)
+
+    def can_wait(written, lengths):
+        return scopes.can_file_later(bridge.scope, written, rows, lengths)
+
+    assert can_wait(written, lengths)
+    assert not can_wait(written, [lengths[0] - 1, *lengths[1:]])
+    assert not can_wait(written._replace(end=written.end + 1), lengths)
+    elsewhere = written._replace(place=written.place + 64)
+    assert not can_wait(elsewhere, lengths)
     last = wm.keys_values_wm[1]._v_cache  # one of the caches is enough
     last._cache = last._cache.clone()
-    assert not bridge.scope.can_file_later(bridge.written(wm.keys_values_wm, ROWS), rows, lengths)
+    assert not can_wait(bridge.written(wm.keys_values_wm, ROWS), lengths)
 
 
 @pytest.mark.parametrize(

@@ -3,14 +3,14 @@
 Shapes: B rows, E embedding size.
 """
 
+import contextlib
+import dataclasses
 import functools
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
-from kvjax.lightzero.attach import caches, exact, root_step
+from kvjax.lightzero.attach import caches, root_step
 from kvjax.lightzero.attach.bridge import Bridge
-from kvjax.lightzero.attach.padding import masked
 from kvjax.lightzero.attach.shadow import Shadow
 
 STATE = "_kvjax"
@@ -19,27 +19,31 @@ STATE = "_kvjax"
 _WorldModel: Any = object
 
 
+@dataclasses.dataclass
 class Attachment:
     """What an attached module carries in its `__dict__`."""
 
-    def __init__(self, bridge: Bridge, original: type, shadow: Shadow) -> None:
-        self.bridge, self.original, self.shadow = bridge, original, shadow
-        self.saved: dict[str, Any] = {}
-        self.own_flag: bool | None = None  # the model's own `use_new_cache_manager`
+    bridge: Bridge
+    shadow: Shadow
+    original: type
+    own_flag: bool | None  # the model's own `use_new_cache_manager`
+    saved: dict[str, Any]  # the attributes that routes stand for
+    enabled: bool = True
+    in_original: int = 0
 
     @property
     def serves(self) -> bool:
         """Whether kvjax is switched on."""
-        return self.bridge.enabled and not self.bridge.in_original
+        return self.enabled and not self.in_original
 
-    @contextmanager
+    @contextlib.contextmanager
     def original_code(self) -> Iterator[None]:
         """Lets LightZero's methods run as if nothing was attached."""
-        self.bridge.in_original += 1
+        self.in_original += 1
         try:
             yield
         finally:
-            self.bridge.in_original -= 1
+            self.in_original -= 1
 
 
 def state_of(wm: Any) -> Attachment:
@@ -55,14 +59,18 @@ class AttachedMethods(_WorldModel):  # type: ignore[misc]
     def use_new_cache_manager(self) -> bool:
         """Whether kvjax keeps the caches; may be set at run time."""
         state = state_of(self)
-        return bool(state.own_flag) if state.bridge.in_original else state.bridge.enabled
+        return bool(state.own_flag) if state.in_original else state.enabled
 
     @use_new_cache_manager.setter
     def use_new_cache_manager(self, value: bool) -> None:
-        bridge = state_of(self).bridge
-        if bridge.enabled != bool(value):
-            bridge.enabled = bool(value)
-            _forget_everything(self)
+        state = state_of(self)
+        if state.enabled != bool(value):
+            state.enabled = bool(value)
+            for entries in (
+                *self.past_kv_cache_init_infer_envs,
+                self.past_kv_cache_recurrent_infer,
+            ):
+                entries.clear()
 
     def _kvjax_serves(self) -> bool:
         return state_of(self).serves and not self.reanalyze_phase
@@ -74,7 +82,10 @@ class AttachedMethods(_WorldModel):  # type: ignore[misc]
         original = super().forward
         if not bridge.mask_padding or past_keys_values is not self.keys_values_wm:
             return original(tokens, past_keys_values, *args, **kwargs)
-        with masked(self, _pads(bridge, past_keys_values)):
+        batch, pads = bridge.batch, list[int]()
+        if batch is not None and caches.holds(past_keys_values, batch):
+            pads = batch.pads
+        with caches.masked(self, pads):
             return original(tokens, past_keys_values, *args, **kwargs)
 
     def wm_forward_for_initial_infererence(
@@ -88,22 +99,14 @@ class AttachedMethods(_WorldModel):  # type: ignore[misc]
     ) -> Any:
         """A root step; targets of training are left to LightZero."""
         state, original = state_of(self), super().wm_forward_for_initial_infererence
+        arguments = last_obs_embeddings, batch_action, current_obs_embeddings, start_pos
         if current_obs_embeddings is None or not self._kvjax_serves():
             with state.original_code():
-                return original(
-                    last_obs_embeddings,
-                    batch_action,
-                    current_obs_embeddings,
-                    start_pos,
-                    *ids,
-                    **named_ids,
-                )
+                return original(*arguments, *ids, **named_ids)
         import torch
 
         env_ids = ids[0] if ids else named_ids.get("ready_env_id")
-        batch = root_step.make_root_batch(
-            last_obs_embeddings, batch_action, current_obs_embeddings, start_pos, env_ids
-        )
+        batch = root_step.make_root_batch(*arguments, env_ids)
         with torch.no_grad():
             state.bridge.follow_weights(self, thorough=True)
             return root_step.run(self, state.bridge, state.shadow, batch)
@@ -121,9 +124,10 @@ class AttachedMethods(_WorldModel):  # type: ignore[misc]
         if not simulation_index:  # no update interrupts a search
             bridge.follow_weights(self, thorough=False)
         bridge.capacity(ready_env_num)  # too many rows are told so before anything is let go
-        root_step.let_go(self, bridge)
+        bridge.batch = None
+        caches.let_go(self)
         batch = bridge.look_up(latent_state[:ready_env_num], env_ids, roots_only=False)
-        root_step.fill_missed(self, batch, latent_state, start_pos)
+        caches.fill_missed(self, batch, latent_state, start_pos)
         if state.shadow.mode:
             original = functools.partial(super().retrieve_or_generate_kvcache, *arguments)
             with state.original_code():
@@ -132,7 +136,7 @@ class AttachedMethods(_WorldModel):  # type: ignore[misc]
             counts = self.__dict__  # past the module's own setter, as no parameter is set
             counts["total_query_count"] = self.total_query_count + ready_env_num
             counts["hit_count"] = self.hit_count + batch.hits
-        root_step.hold(self, batch)
+        caches.hold(self, batch)
         return self.keys_values_wm_size_list
 
     def trim_and_pad_kv_cache(self, is_init_infer: bool = True) -> Any:
@@ -142,15 +146,14 @@ class AttachedMethods(_WorldModel):  # type: ignore[misc]
         if batch is None or not self._kvjax_serves():
             with state.original_code():
                 return super().trim_and_pad_kv_cache(is_init_infer)
-        counted = False
-        if state.shadow.mode and state.shadow.rows is not None:
-            counted = True
+        shadowed = bool(state.shadow.mode) and state.shadow.rows is not None
+        if shadowed:
             original = functools.partial(super().trim_and_pad_kv_cache, is_init_infer)
             with state.original_code():
                 state.shadow.trim(self, original, batch)
         caches.install(self.keys_values_wm, batch, batch.size)
-        if not counted and "kv_padding_total_batches" in vars(self):
-            _count_padding(self, batch)
+        if not shadowed and "kv_padding_total_batches" in vars(self):
+            _count_padding(self, batch.pads)
         return self.keys_values_wm_size_list
 
     def update_cache_context(
@@ -164,8 +167,8 @@ class AttachedMethods(_WorldModel):  # type: ignore[misc]
     ) -> None:
         """Takes the batch back, slides what is full and stores it under the latents."""
         state = state_of(self)
-        arguments = (latent_state, is_init_infer, simulation_index, search_depth)
-        context = (valid_context_lengths, env_ids)
+        arguments = latent_state, is_init_infer, simulation_index, search_depth
+        context = valid_context_lengths, env_ids
         if not self._kvjax_serves():
             self._kvjax_original_update(*arguments, *context)
             return
@@ -175,11 +178,11 @@ class AttachedMethods(_WorldModel):  # type: ignore[misc]
         else:
             ids = list(range(count)) if env_ids is None else [int(env) for env in env_ids]
             lengths = valid_context_lengths
-            if lengths is None or not (bridge.mask_padding or bridge.description.masks_padding):
+            if lengths is None or not bridge.reads_no_pads:
                 lengths = [keys_values.size] * count
         written, tokens = bridge.written(keys_values, count), None
         if bridge.description.exact:
-            exact.renew_full_rows(self, written, latent_state, lengths)
+            root_step.renew_full_rows(self, written, latent_state, lengths)
         if bridge.description.keeps_tokens:
             tokens = self.keys_values_wm_token_context_list
         bridge.file(written, lengths, latent_state, ids, tokens, is_root=is_init_infer)
@@ -198,28 +201,14 @@ class AttachedMethods(_WorldModel):  # type: ignore[misc]
             super().update_cache_context(*rest, valid_context_lengths=lengths, **named)
 
 
-def _forget_everything(wm: Any) -> None:
-    for entries in (*wm.past_kv_cache_init_infer_envs, wm.past_kv_cache_recurrent_infer):
-        entries.clear()
-
-
 def _env_ids(wm: Any, count: int) -> list[int]:
     """The environments of a search's rows: main says which, 0.2.0 numbers them."""
     named = vars(wm).get("current_infer_env_ids") or ()
     return [int(env) for env in named[:count]] + list(range(len(named), count))
 
 
-def _pads(bridge: Bridge, keys_values: Any) -> list[int]:
-    """Empty slots before each row's first token."""
-    batch = bridge.batch
-    if batch is None or not caches.holds(keys_values, batch):
-        return []
-    return [batch.size - length for length in batch.lengths]
-
-
-def _count_padding(wm: Any, batch: caches.Batch) -> None:
+def _count_padding(wm: Any, pads: list[int]) -> None:
     """Main's own statistics of padding."""
-    pads = [batch.size - length for length in batch.lengths]
     wm.kv_padding_total_batches += 1
     wm.kv_padding_total_samples += len(pads)
     wm.kv_padding_unequal_batches += any(pads)

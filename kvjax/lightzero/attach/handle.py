@@ -7,19 +7,21 @@ slides and stores key/value windows is replaced: one jitted call per simulation,
 environments at once. Windows live in jax; only the rows that a simulation reads cross to torch, in
 memory that both see.
 
-Shapes: B rows, E embedding size.
+Shapes: P environments.
 """
 
 import logging
 import weakref
+from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, Literal
 
 import jax
 
 from kvjax.base.values import require, require_one_of
 from kvjax.lightzero import module
-from kvjax.lightzero.attach import caches, routes
+from kvjax.lightzero.attach import caches
 from kvjax.lightzero.attach.attached import STATE, Attachment, attached_class, state_of
 from kvjax.lightzero.attach.bridge import Bridge
 from kvjax.lightzero.attach.shadow import Shadow
@@ -80,11 +82,10 @@ def attach(
     mask_padding = padding == "masked" and not description.masks_padding
     _set_up_jax()
     bridge = Bridge(wm, description, mask_padding=mask_padding)
-    state = Attachment(bridge, type(wm), Shadow(mode=shadow))
-    state.own_flag = vars(wm).pop("use_new_cache_manager", None)
-    state.saved = routes.install(wm, bridge, description.num_envs)
-    vars(wm)[STATE] = state
-    wm.__class__ = attached_class(state.original)
+    saved = _reroute(wm, bridge, description.num_envs)
+    own_flag = vars(wm).pop("use_new_cache_manager", None)
+    vars(wm)[STATE] = Attachment(bridge, Shadow(mode=shadow), type(wm), own_flag, saved)
+    wm.__class__ = attached_class(state_of(wm).original)
     return Handle(wm)
 
 
@@ -156,8 +157,138 @@ class Handle:
         wm = self._module()
         state = vars(wm).pop(STATE)
         wm.__class__ = state.original
-        routes.uninstall(wm, state.saved)
+        _restore(wm, state.saved)
         if state.own_flag is not None:
             wm.use_new_cache_manager = state.own_flag
         if isinstance(wm.keys_values_wm_list, caches.Rows):
             wm.keys_values_wm_list = list(wm.keys_values_wm_list)
+
+
+_KEYS_AND_VALUES, _RAW_TOKENS = (
+    (f"past_{kind}_init_infer_envs", f"past_{kind}_recurrent_infer")
+    for kind in ("kv_cache", "token_context")
+)
+"""Attributes that hold entries, by environment those of roots, and those of nodes."""
+
+
+class _Missing:
+    """An attribute that was not there; a class, so that copies of a module know it too."""
+
+
+class _ClearingDict(dict[Any, Any]):
+    """A cache dictionary whose `clear` reaches further."""
+
+    further: Callable[[], None]
+
+    def clear(self) -> None:
+        """Forgets LightZero's entries and kvjax's."""
+        super().clear()
+        self.further()
+
+
+class _StandIn:
+    """What is not said of it is what it stands for."""
+
+    def __init__(self, own: Any) -> None:
+        self.own = own
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "own":  # not there yet while it is being copied
+            raise AttributeError(name)
+        return getattr(self.own, name)
+
+
+class _ClearingPool(_StandIn):
+    """One pool of a cache manager."""
+
+    def __init__(self, own: Any, forget: Callable[[], None]) -> None:
+        super().__init__(own)
+        self._forget = forget
+
+    def __len__(self) -> int:
+        return len(self.own)
+
+    def clear(self) -> None:
+        """Forgets LightZero's entries and kvjax's."""
+        self.own.clear()
+        self._forget()
+
+
+class _ClearingManager(_StandIn):
+    """A `kv_cache_manager`, also for models that were built without one: its `own` is None."""
+
+    def __init__(self, own: Any, init_pools: list[Any], recur_pool: Any) -> None:
+        super().__init__(own)
+        self.init_pools, self.recur_pool = init_pools, recur_pool
+
+    def clear_init_caches(self) -> None:
+        """Forgets all roots."""
+        for pool in self.init_pools:
+            pool.clear()
+
+    def clear_recur_cache(self) -> None:
+        """Forgets all searched nodes."""
+        self.recur_pool.clear()
+
+    def clear_all(self) -> None:
+        """Forgets everything."""
+        if self.own is not None:
+            self.own.clear_all()
+        self.clear_init_caches()
+        self.clear_recur_cache()
+
+
+def _reroute(wm: Any, bridge: Bridge, num_envs: int) -> dict[str, Any]:
+    """Makes all that policies clear to forget reach further; what was there, for `_restore`.
+
+    LightZero's policies reach into the world model's attributes. While it is attached these are
+    stand-ins: they hold LightZero's own entries as before, and clearing them clears kvjax's too.
+    """
+    forgets: list[Callable[[], None]]  # of the environments' roots, and of the nodes
+    forgets = [partial(bridge.forget, roots=(env,)) for env in range(num_envs)]
+    forgets.append(partial(bridge.forget, nodes=True))
+    own, pools = vars(wm).get("kv_cache_manager"), []
+    if own is not None:
+        originals = *own.init_pools[:num_envs], own.recur_pool
+        pools = [_ClearingPool(*each) for each in zip(originals, forgets, strict=True)]
+    entries = _stand_ins(wm, _KEYS_AND_VALUES, [pool.clear for pool in pools] or forgets)
+    *roots, nodes = pools or entries
+    made: dict[str, Any] = {"kv_cache_manager": _ClearingManager(own, roots, nodes)}
+    made |= zip(_KEYS_AND_VALUES, (entries[:-1], entries[-1]), strict=True)
+    if _RAW_TOKENS[0] in vars(wm):
+        tokens = _stand_ins(wm, _RAW_TOKENS, forgets)
+        made |= zip(_RAW_TOKENS, (tokens[:-1], tokens[-1]), strict=True)
+    saved = {name: vars(wm).get(name, _Missing) for name in made}
+    vars(wm).update(made)
+    return saved
+
+
+def _stand_ins(
+    wm: Any, names: tuple[str, str], further: list[Callable[[], None]]
+) -> list[_ClearingDict]:
+    """For the dictionaries of the environments' roots, and for that of the nodes."""
+    num_envs, (per_env, nodes) = len(further) - 1, (vars(wm).get(name) for name in names)
+    originals = *(per_env or [{}] * num_envs)[:num_envs], nodes or {}
+    made = [_ClearingDict(original) for original in originals]
+    for stand_in, clear in zip(made, further, strict=True):
+        stand_in.further = clear
+    return made
+
+
+def _restore(wm: Any, saved: dict[str, Any]) -> None:
+    """Puts back what was there, with the entries that the stand-ins hold now."""
+    for name, original in saved.items():
+        stand_in = vars(wm).pop(name)
+        if original is _Missing:
+            continue
+        if isinstance(original, dict):
+            _refill(original, stand_in)
+        elif isinstance(original, list):
+            for one, other in zip(original, stand_in, strict=True):
+                _refill(one, other)
+        vars(wm)[name] = original
+
+
+def _refill(original: Any, stand_in: Any) -> None:
+    original.clear()
+    original.update(stand_in)

@@ -85,13 +85,12 @@ def init(
     )
     kv = store.nodes.entries.kv
     stored, layers, two, heads, size = kv.shape[1:]
-
-    def convert(pool: Pool) -> Pool:
-        return _replace(pool, entries=Entry(pool.entries.length, pool.entries.raw))
-
-    store = _replace(store, roots=convert(store.roots), nodes=convert(store.nodes))
+    roots, nodes = (
+        _replace(pool, entries=Entry(pool.entries.length, pool.entries.raw))
+        for pool in (store.roots, store.nodes)
+    )
     shape = _num_windows(store), layers, two, heads, stored, size
-    return Filed(store, jnp.zeros(shape, kv.dtype))
+    return Filed(_replace(store, roots=roots, nodes=nodes), jnp.zeros(shape, kv.dtype))
 
 
 def slots_of_row(context_length: int) -> int:
@@ -143,16 +142,26 @@ def _find(
     """`look_up` by keys; instead of a batch, the windows [B] that have to be read."""
     env_id, valid = rows[ENV], rows[VALID] > 0
     found = stores.only(stores.find(store, keys, env_id, roots_only=roots_only), valid)
-    in_root = found.root != NO_SLOT
+    in_root, entry = found.root != NO_SLOT, _entries(store, found)
     where = jnp.where(in_root, IN_ROOTS, jnp.where(found.hit, IN_NODES, MISSED))
-    root_length = store.roots.entries.length[found.root]
-    node_length = store.nodes.entries.length[found.node]
-    length = jnp.where(in_root, root_length, jnp.where(found.hit, node_length, 1))
+    length = jnp.where(found.hit, entry.length, 1)
     window = jnp.where(in_root, found.root, _node_window(store, found.node))
     window = jnp.where(found.hit, window, _num_windows(store) + EMPTY)
     store = stores.count_lookups(store, found, valid, roots_only=roots_only)
     store = stores.count_padding(store, length, valid)
-    return store.counters, window, jnp.stack([length, where]), _raw_tokens(store, found)
+    return store.counters, window, jnp.stack([length, where]), entry.raw
+
+
+def _entries(store: Store, found: stores.Found) -> Entry:
+    """What the pools say of rows [B], zeros of those that are not found."""
+    roots, nodes = pools.take(store.roots, found.root), pools.take(store.nodes, found.node)
+    in_root = found.root != NO_SLOT
+
+    def choose(root: jax.Array, node: jax.Array) -> jax.Array:
+        return jax.vmap(jnp.where)(in_root, root, node)
+
+    entries: Entry = jax.tree.map(choose, roots, nodes)
+    return entries
 
 
 def _num_windows(store: Store) -> int:
@@ -162,14 +171,6 @@ def _num_windows(store: Store) -> int:
 
 def _node_window(store: Store, slot: jax.Array) -> jax.Array:
     return slot + pools.total_slots(store.roots)
-
-
-def _raw_tokens(store: Store, found: stores.Found) -> jax.Array | None:
-    if store.latest is None:
-        return None
-    in_root = (found.root != NO_SLOT)[:, None, None]
-    roots, nodes = (jnp.asarray(pool.entries.raw) for pool in (store.roots, store.nodes))
-    return jnp.where(in_root, roots[found.root], nodes[found.node])
 
 
 def _read(kv: jax.Array, window: jax.Array, row: jax.Array, batch: jax.Array) -> jax.Array:
@@ -223,13 +224,8 @@ def file(
     return Filed(store, jax.lax.fori_loop(0, len(latent), write, filed.kv))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Filing:
-    """How the rows of a batch become windows."""
-
-    window: jax.Array  # [B] int32, where they are written
-    kept: jax.Array  # [B] int32, tokens at the row's end that stay
-    slides: jax.Array  # [B] bool, whether the positions of these change
+_Filing = tuple[jax.Array, jax.Array, jax.Array]
+"""Of each row [B]: its window, how many tokens at its end stay, and whether these slide."""
 
 
 def _add(
@@ -254,7 +250,7 @@ def _add(
     evictions = {"root_evictions" if is_root else "node_evictions": evicted}
     lost = valid & (slot == NO_SLOT)
     counters = statistics.add(store.counters, not_stored=lost, **evictions)
-    filing = _Filing(window, kept, slides)
+    filing = window, kept, slides
     if is_root:
         latest = stores.with_latest(store, env_id, slot)
         return _replace(store, roots=pool, latest=latest, counters=counters), filing
@@ -270,13 +266,14 @@ def _write(
     correction: jax.Array,
 ) -> jax.Array:
     """Writes the last tokens of a row to its window; of equal windows the last row's stays."""
+    window, kept, slides = (of_rows[row] for of_rows in filing)
     layers, two, heads, stored, size = correction.shape
     start, shape = (0, 0, row, 0, end - stored, 0), (layers, two, 1, heads, stored, size)
     tokens = jax.lax.dynamic_slice(batch, start, shape)[:, :, 0]
-    tokens = jnp.where(filing.slides[row], tokens + correction, tokens)
+    tokens = jnp.where(slides, tokens + correction, tokens)
     index = jnp.arange(stored)[:, None]
-    tokens = jnp.where(index >= stored - filing.kept[row], tokens, 0)
-    written: jax.Array = jax.lax.dynamic_update_index_in_dim(kv, tokens, filing.window[row], 0)
+    tokens = jnp.where(index >= stored - kept, tokens, 0)
+    written: jax.Array = jax.lax.dynamic_update_index_in_dim(kv, tokens, window, 0)
     return written
 
 
@@ -295,34 +292,42 @@ def file_and_look_up(structure: Any, keep: int | None = None) -> Callable[..., A
       `batch` has the rows to file, a block longer than they were found, and gets those that are
       looked up; behind their ends it keeps what it held. `known` [2, B] is what `look_up` said of
       the former and gets what it says of the latter. `arrays` are what `take_apart` gives;
-      `correction` and `raw` are what `file` takes. Changed are the batch, what is known, and the
-      first `changing(structure)` arrays; all these were donated. The raw tokens are those of
+      `correction` and `raw` are what `file` takes. Changed are the batch, what is known, and those
+      arrays that filing nodes changes; all these were donated. The raw tokens are those of
       `look_up`.
     """
-    first = 2 + changing(structure)
-
-    def between_simulations(batch: jax.Array, known: jax.Array, *arguments: Any) -> Any:
-        *arrays, correction, raw, notes = arguments
-        filed = put_together(arrays, structure)
-        rows = jnp.swapaxes(notes[..., ROWS], 1, 2).astype(jnp.int32)
-        latent = notes[..., : ROWS.start]
-        keys = jax.vmap(stores.latent_keys, in_axes=(None, 0, 0))(filed.store, latent, rows[:, ENV])
-        stored, length = correction.shape[3], known[0] + BLOCK
-        entries = keys[FILED], rows[FILED], length, stored, raw
-        store, filing = _add(filed.store, *entries, is_root=False, keep=keep)
-        counters, window, info, raw = _find(store, keys[ASKED], rows[ASKED], roots_only=False)
-
-        def write_and_read(row: jax.Array, state: tuple[jax.Array, jax.Array]) -> Any:
-            kv, batch = state
-            kv = _write(kv, filing, row, batch, stored + BLOCK, correction)
-            return kv, _read(kv, window, row, batch)
-
-        kv, batch = jax.lax.fori_loop(0, len(window), write_and_read, (filed.kv, batch))
-        arrays, _ = take_apart(with_counters(Filed(store, kv), counters))
-        return (batch, known.at[:].set(info), *arrays[: first - 2]), raw
-
+    changing = structure.children()[0].num_leaves
+    function = functools.partial(_file_and_look_up, structure, changing, keep)
     options = known_options(one_thread=True) if on_cpu() else None
-    return jax.jit(between_simulations, donate_argnums=range(first), compiler_options=options)
+    return jax.jit(function, donate_argnums=range(2 + changing), compiler_options=options)
+
+
+def _file_and_look_up(
+    structure: Any,
+    changing: int,
+    keep: int | None,
+    batch: jax.Array,
+    known: jax.Array,
+    *arguments: Any,
+) -> Any:
+    *arrays, correction, raw, notes = arguments
+    filed = put_together(arrays, structure)
+    rows = jnp.swapaxes(notes[..., ROWS], 1, 2).astype(jnp.int32)
+    latent = notes[..., : ROWS.start]
+    keys = jax.vmap(stores.latent_keys, in_axes=(None, 0, 0))(filed.store, latent, rows[:, ENV])
+    stored, length = correction.shape[3], known[0] + BLOCK
+    entries = keys[FILED], rows[FILED], length, stored, raw
+    store, filing = _add(filed.store, *entries, is_root=False, keep=keep)
+    counters, window, info, raw = _find(store, keys[ASKED], rows[ASKED], roots_only=False)
+
+    def write_and_read(row: jax.Array, state: tuple[jax.Array, jax.Array]) -> Any:
+        kv, batch = state
+        kv = _write(kv, filing, row, batch, stored + BLOCK, correction)
+        return kv, _read(kv, window, row, batch)
+
+    kv, batch = jax.lax.fori_loop(0, len(window), write_and_read, (filed.kv, batch))
+    arrays, _ = take_apart(with_counters(Filed(store, kv), counters))
+    return (batch, known.at[:].set(info), *arrays[:changing]), raw
 
 
 def take_apart(filed: Filed) -> tuple[list[jax.Array], Any]:
@@ -339,12 +344,6 @@ def put_together(arrays: Sequence[jax.Array], structure: Any) -> Filed:
     """What `take_apart` took apart."""
     (kv, nodes, counters), rest = structure.unflatten(arrays)
     return Filed(_replace(rest, nodes=nodes, counters=counters), kv)
-
-
-def changing(structure: Any) -> int:
-    """How many arrays filing nodes changes."""
-    count: int = structure.children()[0].num_leaves
-    return count
 
 
 @functools.partial(jax.jit, donate_argnames=("filed",))
@@ -389,12 +388,14 @@ def new_epoch(filed: Filed) -> Filed:
 
 
 @jax.jit
-def latest_tokens(store: Store, env_id: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """An environment's newest root, also across `new_epoch`: raw tokens [K, E] and how many."""
-    slot = jnp.asarray(store.latest)[env_id]
-    entries = store.roots.entries
-    length = jnp.where(slot == NO_SLOT, 0, entries.length[slot])
-    return jnp.asarray(entries.raw)[slot], length
+def outdated_tokens(store: Store, env_id: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Raw tokens [K, E] of an environment's newest root, and how many; 0 unless it is outdated.
+
+    That is, unless the root was made before the last `new_epoch`.
+    """
+    slot = jnp.asarray(store.latest)[env_id][None]
+    entry = pools.take(store.roots, slot)
+    return entry.raw[0], jnp.where(pools.is_live(store.roots, slot), 0, entry.length)[0]
 
 
 @functools.partial(jax.jit, donate_argnames=("filed",))

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from kvjax.base.values import require
-from kvjax.lightzero.attach import caches, exact, layout
+from kvjax.lightzero.attach import caches, layout
 from kvjax.lightzero.attach.bridge import Bridge
-from kvjax.lightzero.attach.caches import Batch, Rows, make_batch, memory_of
+from kvjax.lightzero.attach.caches import Memory, make_batch, memory_of
 from kvjax.lightzero.attach.shadow import Shadow
+from kvjax.lightzero.module import RENEWS
 from kvjax.model.step import FIRST_STEP
 
 
@@ -109,7 +110,8 @@ def _start(wm: Any, bridge: Bridge, batch: RootBatch) -> Any:
     count = len(batch.env_ids)
     layers, two, heads, length, size = bridge.description.cache_shape
     shape = layers * two, bridge.capacity(count), heads, layout.slots_of_row(length), size
-    memory = memory_of(torch.zeros(math.prod(shape), device=batch.current.device), shape)
+    flat = torch.zeros(math.prod(shape), device=batch.current.device)
+    memory = memory_of(flat, shape, bridge.description.stored)
     bridge.batch = empty = make_batch(memory, length, [0] * count, [layout.MISSED] * count)
     caches.install(wm.keys_values_wm, empty, 0)
     outputs = wm.forward(
@@ -131,13 +133,14 @@ def _continue(wm: Any, bridge: Bridge, shadow: Shadow, batch: RootBatch) -> Any:
     found = bridge.look_up(batch.last, batch.env_ids, roots_only=True)
     wm.root_total_query_cnt += len(found.lengths)
     wm.root_hit_cnt += found.hits
-    if exact.recall(wm, bridge, found, batch.last, batch.env_ids):
-        found = bridge.peek(batch.last, batch.env_ids, roots_only=True)
-        bridge.batch = found
-    fill_missed(wm, found, batch.last, batch.start_pos)
+    missed = [row for row, source in enumerate(found.sources) if source == layout.MISSED]
+    recalled = [bridge.description.keeps_tokens and _recall(wm, bridge, batch, r) for r in missed]
+    if any(recalled):
+        found = bridge.batch = bridge.peek(batch.last, batch.env_ids, roots_only=True)
+    caches.fill_missed(wm, found, batch.last, batch.start_pos)
     if shadow.mode:
         shadow.compare_roots(wm, found, batch.last, batch.env_ids)
-    hold(wm, found)
+    caches.hold(wm, found)
     wm.keys_values_wm_size_list_current = wm.trim_and_pad_kv_cache(is_init_infer=True)
     actions = torch.from_numpy(np.asarray(batch.action)).to(batch.last.device).unsqueeze(1)
     if bridge.description.keeps_tokens:
@@ -146,7 +149,7 @@ def _continue(wm: Any, bridge: Bridge, shadow: Shadow, batch: RootBatch) -> Any:
     _push(wm, bridge, {"act_tokens": actions}, batch.start_pos)
     outputs = _push(wm, bridge, {"obs_embeddings": batch.current}, batch.start_pos)
     # 0.2.0 takes the padding of a batch for context.
-    own_lengths = bridge.description.masks_padding or bridge.mask_padding
+    own_lengths = bridge.reads_no_pads
     wm.update_cache_context(
         batch.current,
         is_init_infer=True,
@@ -169,52 +172,52 @@ def _push(wm: Any, bridge: Bridge, tokens: dict[str, Any], start_pos: Any) -> An
     return outputs
 
 
-def hold(wm: Any, batch: Batch) -> None:
-    """Makes a batch the model's list of caches."""
+def _recall(wm: Any, bridge: Bridge, batch: RootBatch, row: int) -> bool:
+    """Computes a newest root of older weights again, for a row that missed, and stores it.
 
-    def make_empty() -> Any:
-        return wm.transformer.generate_empty_keys_values(n=1, max_tokens=wm.context_length)
+    It is stored under the latent of the last observation, which takes the place of its last token.
 
-    state = vars(wm)  # past the module's own setter, as neither is a parameter
-    state["keys_values_wm_list"] = Rows(batch, make_empty)
-    state["keys_values_wm_size_list"] = list(batch.lengths)
-    if batch.tokens is not None:
-        wm.keys_values_wm_token_context_list = [x.to(batch.device) for x in batch.tokens]
-
-
-def let_go(wm: Any, bridge: Bridge) -> None:
-    """Undoes `hold`, so that the memory of the batch can be used again."""
-    vars(wm)["keys_values_wm_list"], bridge.batch = [], None
-    caches.release(wm.keys_values_wm)
-
-
-def fill_missed(wm: Any, batch: Batch, latent: Any, start_pos: Any) -> None:
-    """Gives rows that were not found a context of one token, their latent's.
-
-    Args:
-      latent: [B, 1, E] tensor or array.
-      start_pos: B timesteps or one number, read by rotary models.
+    Returns:
+      Whether there was such a root.
     """
-    if batch.hits == len(batch.sources):
-        return
     import torch
 
-    missed = [row for row, source in enumerate(batch.sources) if not source]
-    embeddings = torch.as_tensor(np.asarray(latent) if not hasattr(latent, "to") else latent)
-    embeddings = embeddings[missed].reshape(len(missed), 1, -1).to(batch.device)
-    positions = np.asarray(start_pos).reshape(-1)
-    positions = positions[missed] if len(positions) > 1 else positions.repeat(len(missed))
-    alone = wm.transformer.generate_empty_keys_values(n=len(missed), max_tokens=wm.context_length)
-    last = batch.size - 1
+    env_id, latent = batch.env_ids[row], batch.last[row : row + 1]
+    raw, length = bridge.outdated_tokens(env_id)
+    if not length:
+        return False
+    tokens = torch.tensor(raw, device=latent.device)  # [K, E], zeros behind the last
+    tokens[length - 1] = latent.reshape(-1)
+    # As if the window were full: attention is causal, so tokens behind the last one change nothing.
+    wm.keys_values_wm_token_context_list = [tokens]
+    renewed = getattr(wm, RENEWS)(latent, [wm.context_length - 1]).cache
+    written = caches.copied(renewed, bridge.capacity(1), bridge.description.stored)
+    written = written._replace(end=written.end - renewed.size + length)
+    bridge.file(written, [length], latent, [env_id], [tokens[:length]], is_root=True)
+    bridge.count_rebuilt()
+    return True
+
+
+def renew_full_rows(wm: Any, written: Memory, latent: Any, lengths: Sequence[int]) -> None:
+    """Writes over the last tokens of full rows what the module makes of them without the oldest.
+
+        [a b c d e f g .] -> [a b c' d' e' f' g' .], or [a b c d e f g' .] of the latest latent
+
+    For main's exact windows, which it computes anew of the latest latent or of raw tokens.
+
+    Args:
+      wm: the world model.
+      written: the rows.
+      latent: [B, 1, E] tensor.
+      lengths: B, in tokens.
+    """
+    import torch
+
     with torch.no_grad():
-        wm.forward(
-            {"obs_embeddings": embeddings},
-            past_keys_values=alone,
-            is_init_infer=True,
-            start_pos=[int(position) for position in positions],
-        )
-        for view, cache in zip(batch.views, caches.tensors(alone), strict=True):
-            view[missed, :, last] = cache[:, :, 0]
-    if batch.tokens is not None:
-        for row, embedding in zip(missed, embeddings, strict=True):
-            batch.tokens[row] = embedding
+        resets = getattr(wm, RENEWS)(latent, lengths)
+        if resets.cache is None:
+            return
+        rows, offsets = list(resets.offsets), list(resets.offsets.values())
+        end, size = written.end, resets.cache.size
+        for view, renewed in zip(written.tensor, caches.tensors(resets.cache), strict=True):
+            view[rows, :, end - size : end] = renewed[offsets, :, :size]

@@ -61,12 +61,17 @@ class Shadow:
         """Compares one `KeysValues` with one row of an aligned batch."""
         length, size = batch.lengths[row], batch.size
         self.check(where, "size", old.size, length)
-        if old.size != length:
-            return
+        if old.size == length:
+            every = slice(None)
+            old_at, new_at = (0, every, slice(length)), (row, every, slice(size - length, size))
+            self._compare_caches(where, old, batch, old_at, new_at)
+
+    def _compare_caches(self, where: str, old: Any, batch: Batch, old_at: Any, new_at: Any) -> None:
+        """Compares what a `KeysValues` and a batch hold at certain places of their tensors."""
         pairs = zip(caches.tensors(old), batch.views, strict=True)
         for index, (theirs, ours) in enumerate(pairs):
             name = f"{where}, layer {index // 2} {('keys', 'values')[index % 2]}"
-            self.check_tensors(name, theirs[0, :, :length], ours[row, :, size - length : size])
+            self.check_tensors(name, theirs[old_at], ours[new_at])
 
     def retrieve(
         self, wm: Any, original: Callable[[], Any], batch: Batch, env_ids: Sequence[int]
@@ -88,17 +93,13 @@ class Shadow:
 
     def compare_roots(self, wm: Any, batch: Batch, latent: Any, env_ids: Sequence[int]) -> None:
         """Compares what both find for the last observations."""
-        self.rows = []
-        for row, env in enumerate(env_ids):
+        rows = [_find_own(wm, latent[row], env) for row, env in enumerate(env_ids)]
+        for row, (env, old) in enumerate(zip(env_ids, rows, strict=True)):
             where = f"root look-up, environment {env} (row {row})"
-            old = _find_own(wm, latent[row], env)
             self.check(where, "a hit", old is not None, bool(batch.sources[row]))
-            if old is None:
-                self.rows = None
-            else:
+            if old is not None:
                 self.compare_row(where, old, batch, row)
-                if self.rows is not None:
-                    self.rows.append(old)
+        self.rows = None if any(old is None for old in rows) else rows
 
     def trim(self, wm: Any, original: Callable[[], Any], batch: Batch) -> None:
         """Runs LightZero's alignment of its own rows and compares the aligned caches."""
@@ -109,10 +110,8 @@ class Shadow:
         original()
         wm.keys_values_wm_list = ours
         self.check("alignment", "the size", wm.keys_values_wm.size, batch.size)
-        pairs = zip(caches.tensors(wm.keys_values_wm), batch.views, strict=True)
-        for index, (old, new) in enumerate(pairs):
-            name = f"alignment, layer {index // 2} {('keys', 'values')[index % 2]}"
-            self.check_tensors(name, old[:, :, : batch.size], new[:, :, : batch.size])
+        at = ..., slice(batch.size), slice(None)
+        self._compare_caches("alignment", wm.keys_values_wm, batch, at, at)
 
     def compare_stored(
         self, wm: Any, stored: Batch, latent: Any, env_ids: Sequence[int], *, is_root: bool
@@ -134,11 +133,12 @@ def _find_own(wm: Any, latent: Any, env_id: int | None) -> Any:
     if manager is not None:
         pool = manager.recur_pool if env_id is None else manager.init_pools[env_id]
         return pool.get(key)
-    if env_id is None:
-        index = wm.past_kv_cache_recurrent_infer.get(key)
-        return None if index is None else wm.shared_pool_recur_infer[index]
-    index = wm.past_kv_cache_init_infer_envs[env_id].get(key)
-    return None if index is None else wm.shared_pool_init_infer[env_id][index]
+    entries, pool = wm.past_kv_cache_recurrent_infer, wm.shared_pool_recur_infer
+    if env_id is not None:
+        entries = wm.past_kv_cache_init_infer_envs[env_id]
+        pool = wm.shared_pool_init_infer[env_id]
+    index = entries.get(key)
+    return None if index is None else pool[index]
 
 
 def _hash_function(wm: Any) -> Callable[[Any], Any]:
