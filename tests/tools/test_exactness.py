@@ -48,7 +48,7 @@ def test_the_correction_equals_neither():
 
 
 def test_a_broken_slide_shows(monkeypatch):
-    def slide_by_one(window, correction=None):
+    def slide_by_one(window, correction=None, block=2):
         moved = exact(window, correction)
         return moved.__class__(moved.kv.at[0].set(window.kv[1]), moved.length)
 

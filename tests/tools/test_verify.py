@@ -78,7 +78,7 @@ def break_mask(monkeypatch):
 def break_slide_length(monkeypatch):
     exact = windows.slide
 
-    def slide(window, correction):
+    def slide(window, correction, block):
         slid = exact(window, correction)
         return Window(slid.kv, slid.length - (window.length >= 7))
 
@@ -90,7 +90,7 @@ def break_slide_threshold(monkeypatch):
     monkeypatch.setattr(
         windows,
         "slide",
-        lambda window, correction: jax.tree.map(
+        lambda window, correction, block: jax.tree.map(
             lambda new, old: jnp.where(window.length > 7, new, old),
             exact(window, correction),
             window,
@@ -101,7 +101,7 @@ def break_slide_threshold(monkeypatch):
 def break_slide_by_one_token(monkeypatch):
     exact = windows.slide
 
-    def slide(window, correction):
+    def slide(window, correction, block):
         return exact(Window(jnp.roll(window.kv, 1, axis=0), window.length), correction)
 
     monkeypatch.setattr(windows, "slide", slide)
