@@ -7,6 +7,7 @@ with KVJAX_OPTIMISED; with KVJAX_FULL everything is optimised and more examples 
 """
 
 import dataclasses
+import gc
 import importlib.metadata
 import math
 import os
@@ -16,7 +17,7 @@ HERE = Path(__file__).parent
 OPTIMISED = bool(os.environ.get("KVJAX_FULL") or os.environ.get("KVJAX_OPTIMISED"))
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # others may not know it, and abort
-    QUICK += " --xla_cpu_use_fusion_emitters=false"
+    QUICK += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 FLAGS = os.environ.get("XLA_FLAGS", "")
 if not OPTIMISED and QUICK not in FLAGS:
     os.environ["XLA_FLAGS"] = f"{FLAGS} {QUICK}".strip()
@@ -37,6 +38,12 @@ jax.devices()  # starts jax before any test can set how calls are dispatched
 DATA = HERE / "data"
 MOST_MAPPINGS = 15_000
 """A process may have 65,530 of them, and each compiled program takes some."""
+
+
+def pytest_collection_finish():
+    """What was imported stays: to look through it for garbage takes a tenth of the time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -201,9 +201,8 @@ def test_vmap_of_stores():
 
 IN_FOUR = """
 import os
-os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
-)
+os.environ.setdefault("XLA_FLAGS", "")
+os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=4"
 import test_composition
 test_composition.over_four_devices()
 """

@@ -38,6 +38,7 @@ initial = functools.partial(initial_inference, PARAMS, config=SMALL)
 recurrent = functools.partial(recurrent_inference, PARAMS, config=SMALL)
 push = jax.jit(functools.partial(one_row.root_step, PARAMS, config=SMALL))
 imagine = jax.jit(functools.partial(one_row.recurrent_step, PARAMS, config=SMALL))
+check_invariants = jax.jit(pools.check_invariants)
 
 
 def latents(seed=0, rows=ENVS):
@@ -58,8 +59,19 @@ def first_step(store, latent, env_id=None):
     return initial(store, latents(99, rows), zeros(rows) - 1, latent, env_id, zeros(rows))
 
 
+@jax.jit
+def windows_at(store, slot, env_id):
+    return stores.take(store, stores.resolve(store, slot, env_id))
+
+
 def window_of(store, out, env_id):
-    return stores.take(store, stores.resolve(store, out.slot, jnp.asarray(env_id)))
+    return jax.device_get(windows_at(store, out.slot, env_id))
+
+
+@jax.jit
+def found(store, latent):
+    env_id = jnp.arange(ENVS)
+    return stores.find(store, stores.latent_keys(store, latent, env_id), env_id).hit
 
 
 def row(tree, index):
@@ -68,7 +80,7 @@ def row(tree, index):
 
 def assert_sound(store):
     for pool in (store.roots, store.nodes):
-        assert all(bool(holds) for holds in pools.check_invariants(pool).values())
+        assert all(bool(holds) for holds in check_invariants(pool).values())
 
 
 def play_by_store(steps, actions, observed, *, store, **options):
@@ -97,7 +109,7 @@ def test_an_episode_with_mixed_restarts_equals_carried_windows():
         last = observed[t - 1]
         store, out = initial(store, last, actions[t], observed[t], np.arange(ENVS), zeros() + t)
         assert out.hit.tolist() == (actions[t] >= 0).tolist()
-        kept = window_of(store, out, np.arange(ENVS))
+        kept, out = window_of(store, out, np.arange(ENVS)), jax.device_get(out)
         nodes = []
         for b in range(ENVS):
             carried[b], policy, value = push(
@@ -113,6 +125,7 @@ def test_an_episode_with_mixed_restarts_equals_carried_windows():
             store, out = recurrent(
                 store, latent, action, np.arange(ENVS), zeros() + depth, zeros() + t
             )
+            out = jax.device_get(out)
             assert out.hit.all()
             for b in range(ENVS):
                 nodes[b], expected = imagine(nodes[b], jnp.int32(action[b]), depth, t)
@@ -353,27 +366,25 @@ def test_evictions_are_counted_and_an_evicted_row_has_no_slot():
 
 def test_a_search_larger_than_the_store_is_refused_and_loses_nothing():
     """It used to lose the nodes that it was about to go on from."""
-    store, out = first_step(init_store(SMALL, ENVS, 2), latents(0))
-    found = []
-    for depth in (1, 2):
-        found.append(np.asarray(out.latent))
-        store, out = recurrent(store, found[-1], zeros(), np.arange(ENVS), zeros() + depth, zeros())
-    with pytest.raises(StoreFullError, match="more than 2 num_simulations") as error:
-        recurrent(store, out.latent, zeros(), np.arange(ENVS), zeros() + 3, zeros())
+    store, out = first_step(fresh(), latents(0))
+    filed = []
+    for depth in range(1, SIMULATIONS + 1):
+        filed.append(np.asarray(out.latent))
+        store, out = recurrent(store, filed[-1], zeros(), np.arange(ENVS), zeros() + depth, zeros())
+    too_deep = zeros() + SIMULATIONS + 1
+    with pytest.raises(StoreFullError, match="more than 5 num_simulations") as error:
+        recurrent(store, out.latent, zeros(), np.arange(ENVS), too_deep, zeros())
     assert error.value.rows == [0, 1, 2]
     store = error.value.store
     assert stats(store)["node_evictions"] == 0
-    for latent in [*found, np.asarray(out.latent)]:
-        key = stores.latent_keys(store, jnp.asarray(latent), jnp.arange(ENVS))
-        assert stores.find(store, key, jnp.arange(ENVS)).hit.all()
+    for latent in [*filed, np.asarray(out.latent)]:
+        assert found(store, latent).all()
     # What is known already needs no slot.
-    store, again = recurrent(store, found[0], zeros(), np.arange(ENVS), zeros() + 1, zeros())
+    store, again = recurrent(store, filed[0], zeros(), np.arange(ENVS), zeros() + 1, zeros())
     assert again.hit.all()
     assert not again.full.any()
     options = {"full_policy": "evict"}
-    store, _ = recurrent(
-        store, out.latent, zeros(), np.arange(ENVS), zeros() + 3, zeros(), **options
-    )
+    store, _ = recurrent(store, out.latent, zeros(), np.arange(ENVS), too_deep, zeros(), **options)
     assert stats(store)["node_evictions"] == ENVS
     assert_sound(store)
 
@@ -416,21 +427,22 @@ def test_no_interrupt_loses_a_store():
 def test_verified_keys_survive_a_broken_digest(monkeypatch):
     """With a digest that is always the same, only the stored latent tells rows apart."""
     monkeypatch.setattr(hashing, "digest", lambda bits: jnp.zeros(4, jnp.uint32))
-    jax.clear_caches()
-    try:
-        for verify, hits in ((True, [False] * 3), (False, [True] * 3)):
-            store, _ = first_step(fresh(verify_keys=verify), latents(0))
-            store, out = recurrent(
-                store, latents(1), zeros(), np.arange(ENVS), zeros() + 1, zeros()
-            )
-            assert out.hit.tolist() == hits
-            assert stats(store)["false_matches"] == (3 if verify else 0)
-            assert_sound(store)
-        store, _ = first_step(fresh(verify_keys=True), latents(0))
-        store, out = recurrent(store, latents(0), zeros(), np.arange(ENVS), zeros() + 1, zeros())
-        assert out.hit.all()
-    finally:
-        jax.clear_caches()
+    config = dataclasses.replace(SMALL, max_tokens=13)  # no other test has programs for it
+    params, env_id = random_params(config), np.arange(ENVS)
+
+    def look_up(seed, verify):
+        store = init_store(config, ENVS, SIMULATIONS, verify_keys=verify)
+        rows = latents(99), zeros() - 1, latents(0), env_id, zeros()
+        store, _ = initial_inference(params, store, *rows, config=config)
+        rows = latents(seed), zeros(), env_id, zeros() + 1, zeros()
+        return recurrent_inference(params, store, *rows, config=config)
+
+    for verify, hits in ((True, [False] * 3), (False, [True] * 3)):
+        store, out = look_up(1, verify)
+        assert out.hit.tolist() == hits
+        assert stats(store)["false_matches"] == (3 if verify else 0)
+        assert_sound(store)
+    assert look_up(0, verify=True)[1].hit.all()
 
 
 @pytest.mark.parametrize("eviction", ["lru", "priority"])

@@ -1,6 +1,7 @@
 """The search in one jit: rows, restarts, choices, one compilation."""
 
 import dataclasses
+import functools
 
 import chex
 import jax
@@ -126,10 +127,12 @@ def test_one_compilation_over_an_episode_with_restarts():
 
 def test_jit_equals_no_jit():
     two = SearchConfig(num_simulations=2)
-    observed, actions = observations(2, 2), np.array([[-1, -1], [1, -1]])
-    jitted = run(observed, actions, search_config=two)
+    first, second = observations(2, 2)[:, None]
+    contexts, _ = run(first, [np.full(2, -1)], search_config=two)
+    step = functools.partial(run, second, np.array([[1, -1]]), search_config=two)
+    jitted = step(contexts=contexts)
     with jax.disable_jit():
-        plain = run(observed, actions, search_config=two)
+        plain = step(contexts=contexts)
     chex.assert_trees_all_close(jitted, plain, atol=1e-4)
 
 

@@ -96,7 +96,7 @@ def test_own_tokens_equal_whole_windows(mode, context_length):
     steps = max(12, restart + fills + 5)
     params, search_config = random_params(config), SearchConfig(num_simulations=30, discount=0.9)
     push = jax.jit(functools.partial(flax_model.root_step, params, config=config))
-    encode = functools.partial(flax_model.encode, params, config=config)
+    encode = jax.jit(functools.partial(flax_model.encode, params, config=config))
     rng = np.random.default_rng(0)
     contexts = init_contexts(config, 2)
     for t in range(steps):
@@ -116,7 +116,7 @@ def test_own_tokens_equal_whole_windows(mode, context_length):
         )
         if t % 4 == 3:
             for b in range(2):
-                held = jax.tree.map(lambda x, b=b: x[b], before)
+                held = jax.tree.map(lambda x, b=b: np.asarray(x)[b], before)
                 window, policy, _ = push(
                     held, jnp.int32(action[b]), encode(observation[b]), timesteps[b]
                 )
