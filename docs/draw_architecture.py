@@ -28,8 +28,8 @@ WAYS = {
     ),
     "A torch tensor goes through attach (update_cache_context, retrieve_or_generate_kvcache)": (
         "#2f9e6e",
-        "lightzero/attached lightzero/bridge lightzero/exchange base/dlpack lightzero/layout"
-        " store/pool lightzero/exchange base/dlpack lightzero/attached",
+        "lightzero/attached lightzero/bridge lightzero/scope base/dlpack lightzero/layout"
+        " store/pool lightzero/scope base/dlpack lightzero/attached",
     ),
 }
 
