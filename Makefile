@@ -10,7 +10,7 @@ play: $(VENV)/.installed-play
 
 test: lint
 	$(VENV)/bin/python -m pytest -m "not optimised"
-	KVJAX_OPTIMISED=1 $(VENV)/bin/python -m pytest -m optimised
+	KVJAX_OPTIMISED=1 $(VENV)/bin/python -m pytest -m optimised `grep -rl mark.optimised tests`
 
 # Everything as users run it, optimised, and with more examples: an hour.
 test-full: lint

@@ -152,6 +152,20 @@ def test_closed_over_answers():
     close(quick(lambda: jax.lax.fori_loop(0, 2, body, start))(), start)
 
 
+def one_step(params, rng, before):
+    """A search with noise, a replay and a rollout from contexts."""
+    _, observation, action = rows()
+    noisy, go_on = dataclasses.replace(THREE, noise_fraction=0.9), jnp.zeros_like(action)
+    return (
+        search(params, rng, before, observation, go_on, search=noisy),
+        replay(params, before, observation, go_on),
+        rollout(params, before),
+    )
+
+
+alone_step = quick(one_step)
+
+
 @pytest.mark.parametrize("over", ["params", "seeds", "contexts"])
 def test_vmap(over):
     """Two at once equal each alone."""
@@ -163,22 +177,11 @@ def test_vmap(over):
         "contexts": (contexts, replay(PARAMS, contexts, *seen)[0]),
     }
     given = {"params": PARAMS, "seeds": jax.random.key(1), "contexts": contexts}
-    noisy = dataclasses.replace(THREE, noise_fraction=0.9)
-
-    def call(**changed):
-        params, rng, before = (given | changed).values()
-        go_on = jnp.zeros_like(seen[1])
-        return (
-            search(params, rng, before, seen[0], go_on, search=noisy),
-            replay(params, before, seen[0], go_on),
-            rollout(params, before),
-        )
-
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *pairs[over])
-    together = quick(jax.vmap(lambda x: call(**{over: x})))(stacked)
-    alone = quick(lambda x: call(**{over: x}))
+    together = quick(jax.vmap(lambda x: one_step(*(given | {over: x}).values())))(stacked)
     for index, one in enumerate(pairs[over]):
-        close(jax.tree.map(lambda x, i=index: x[i], together), alone(one))
+        alone = alone_step(*(given | {over: one}).values())
+        close(jax.tree.map(lambda x, i=index: x[i], together), alone)
     counts = together[0][1].visit_counts
     assert (counts[0] != counts[1]).any()
 

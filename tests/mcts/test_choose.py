@@ -77,7 +77,7 @@ def searched(name, **options):
         np.full(3, -1),
         np.array([[True, False, True], [False, False, True], [True, True, True]]),
         config=SMALL,
-        search=SearchConfig(num_simulations=12, tree=name, **options),
+        search=SearchConfig(num_simulations=10, tree=name, **options),
     )[1]
 
 

@@ -48,15 +48,15 @@ def run(observed, actions, *, contexts=None, search_config=TEN, legal=None, seed
 
 
 def test_shapes_and_counts():
-    contexts, (out,) = run(observations(1, 4), [np.full(4, FIRST_STEP)])
-    chex.assert_shape([out.visit_counts, out.q_values, out.prior], (4, 3))
-    chex.assert_shape([out.action, out.root_value, out.network_value], (4,))
-    assert np.asarray(out.visit_counts).sum(axis=1).tolist() == [10] * 4
+    contexts, (out,) = run(observations(1, 2), [np.full(2, FIRST_STEP)])
+    chex.assert_shape([out.visit_counts, out.q_values, out.prior], (2, 3))
+    chex.assert_shape([out.action, out.root_value, out.network_value], (2,))
+    assert np.asarray(out.visit_counts).sum(axis=1).tolist() == [10] * 2
     np.testing.assert_array_equal(out.action, np.argmax(out.visit_counts, axis=1))
     np.testing.assert_allclose(np.sum(out.prior, axis=1), 1.0, rtol=1e-6)
-    assert contexts.timestep.tolist() == [0] * 4
-    assert contexts.window.length.tolist() == [1] * 4
-    assert np.unique(out.root_value).size == 4
+    assert contexts.timestep.tolist() == [0] * 2
+    assert contexts.window.length.tolist() == [1] * 2
+    assert np.unique(out.root_value).size == 2
 
 
 def test_rows_are_independent_and_restart_alone():
@@ -171,7 +171,7 @@ def test_legal_actions_are_an_array_and_compile_nothing():
 
 def test_root_noise_depends_on_the_key_and_its_absence_does_not():
     noisy = SearchConfig(num_simulations=10, noise_fraction=0.9, dirichlet_alpha=0.3)
-    observed, actions = observations(1, 8), [np.full(8, -1)]
+    observed, actions = observations(1, 3), [np.full(3, -1)]
     with_noise = [run(observed, actions, search_config=noisy, seed=s)[1][0] for s in range(2)]
     without = [run(observed, actions, seed=s)[1][0] for s in range(2)]
     assert (with_noise[0].visit_counts != with_noise[1].visit_counts).any()

@@ -26,6 +26,7 @@ PARAMS = random_params(SMALL)
 TREES = ("lightzero", "muzero", "gumbel")
 
 
+# Three rows and ten simulations: a program that test_search and test_tree run, too.
 def searched(observation, *, legal=None, config=SMALL, params=PARAMS, **options):
     rows = len(observation)
     return search(
@@ -57,10 +58,10 @@ def test_nan_inside_the_tree_is_reported(name):
     params = jax.tree.map(lambda x: x, PARAMS)
     table = params["params"]["action_embedding"]["embedding"]
     params["params"]["action_embedding"]["embedding"] = table.at[1].set(jnp.nan)
-    options = {"params": params, "tree": name, "num_simulations": 12}
-    assert not searched(observations(2), **options).finite.any()
-    without = np.tile([True, False, False], (2, 1))
-    assert searched(observations(2), legal=without, max_depth=1, **options).finite.all()
+    options = {"params": params, "tree": name}
+    assert not searched(observations(3), **options).finite.any()
+    without = np.tile([True, False, False], (3, 1))
+    assert searched(observations(3), legal=without, max_depth=1, **options).finite.all()
 
 
 def test_nan_of_imagined_policies_alone_is_reported(monkeypatch):
@@ -100,13 +101,13 @@ def test_a_batch_that_changes_width(name):
 @pytest.mark.parametrize("name", TREES)
 def test_illegal_actions_of_every_tree(name):
     legal = np.array([[True, False, True], [False, False, True], [False, True, True]])
-    out = searched(observations(3), legal=legal, tree=name, num_simulations=12)
+    out = searched(observations(3), legal=legal, tree=name)
     assert not np.asarray(out.visit_counts)[~legal].any()
     assert np.take_along_axis(legal, np.asarray(out.action)[:, None], 1).all()
 
 
 def test_the_root_value_of_mctx_is_the_mean_of_its_children_and_the_network():
-    out = searched(observations(4), tree="muzero", discount=0.9)
+    out = searched(observations(3), tree="muzero", discount=0.9)
     visits, q = np.asarray(out.visit_counts), np.asarray(out.q_values)
     total = out.network_value + np.sum(visits * q, axis=1)
     np.testing.assert_allclose(out.root_value, total / (1 + visits.sum(axis=1)), rtol=1e-5)

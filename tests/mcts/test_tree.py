@@ -140,7 +140,7 @@ def test_prepared_parameters_change_nothing():
             np.ones((2, 5), np.float32),
             np.array([-1, -1]),
             config=SMALL,
-            search=SearchConfig(num_simulations=5),
+            search=SearchConfig(num_simulations=10),
         )
         outputs.append(out)
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), *outputs)
@@ -174,7 +174,7 @@ def test_a_row_with_nan_leaves_the_others_alone():
             seen,
             np.full(3, -1),
             config=SMALL,
-            search=SearchConfig(num_simulations=8),
+            search=SearchConfig(num_simulations=10),
         )[1]
         for seen in (observation, broken)
     )

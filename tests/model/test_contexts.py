@@ -20,6 +20,21 @@ from kvjax.ops import window as windows
 
 ATOL = 1e-5
 ROWS, STEPS = 4, 9
+one_step = jax.jit(advance, static_argnames="config")
+encode = jax.jit(flax_model.encode, static_argnames="config")
+observe = jax.jit(one_row.observe, static_argnames="config")
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def push(params, *given, config):
+    return jax.vmap(functools.partial(one_row.root_step, params, config=config))(*given)
+
+
+@jax.jit
+def windows_at(store, slot):
+    return stores.take(store, stores.resolve(store, slot, jnp.arange(2)))
+
+
 LENGTHS = np.array([9, 0, 1, 6])
 
 
@@ -40,11 +55,14 @@ def test_histories_of_unequal_lengths_equal_single_steps(mode):
     params = random_params(config)
     observation, action = histories()
     contexts, policy, value = replay(params, observation, action, LENGTHS, config=config)
-    one_step = jax.jit(functools.partial(advance, prepare(params, config=config), config=config))
+    contexts, policy, value = jax.device_get((contexts, policy, value))
+    model = prepare(params, config=config)
     for b, length in enumerate(LENGTHS):
         alone, logits = init_contexts(config, 1), (np.zeros((1, 3)), np.zeros((1, 7)))
         for t in range(length):
-            alone, *logits = one_step(alone, observation[b : b + 1, t], action[b : b + 1, t])
+            seen = observation[b : b + 1, t], action[b : b + 1, t]
+            alone, *logits = one_step(model, alone, *seen, config=config)
+        alone, logits = jax.device_get((alone, logits))
         chex.assert_trees_all_close(row(contexts, b), row(alone, 0), atol=ATOL)
         np.testing.assert_allclose(policy[b], logits[0][0], atol=ATOL)
         np.testing.assert_allclose(value[b], logits[1][0], atol=ATOL)
@@ -105,7 +123,7 @@ def held_tokens(params, observation, action, config):
     for t, seen in enumerate(observation):
         if t:
             history.push(np.asarray(table[action[t]]), None)
-        history.push(np.asarray(flax_model.encode(params, seen, config=config)), None)
+        history.push(np.asarray(encode(params, seen, config=config)), None)
         history.make_room()
     return [history.tokens[index] for index in history.window]
 
@@ -136,14 +154,14 @@ def test_other_modes_drop_their_contexts_and_go_on_from_the_next_observation(mod
     dropped = on_params_update(contexts, new, config=config)
     assert dropped.window.length.tolist() == [0] * ROWS
     assert dropped.timestep.tolist() == contexts.timestep.tolist()
-    one_step = jax.jit(functools.partial(advance, prepare(new, config=config), config=config))
-    moved, _, _ = one_step(dropped, observation[:, 6], jnp.ones(ROWS, jnp.int32))
+    model = prepare(new, config=config)
+    moved, _, _ = jax.device_get(
+        one_step(model, dropped, observation[:, 6], jnp.ones(ROWS, jnp.int32), config=config)
+    )
     assert moved.timestep.tolist() == [t + 1 for t in contexts.timestep.tolist()]
     for b in range(ROWS):
-        latent = flax_model.encode(new, observation[b, 6], config=config)
-        alone = one_row.observe(
-            new, windows.init(config.window), latent, moved.timestep[b], config=config
-        )
+        latent = encode(new, observation[b, 6], config=config)
+        alone = observe(new, windows.init(config.window), latent, moved.timestep[b], config=config)
         chex.assert_trees_all_close(row(moved.window, b), alone, atol=ATOL)
 
 
@@ -187,17 +205,16 @@ def test_a_store_forgets_and_brings_the_newest_roots_back():
     observed = functools.partial(replay_latents, old, config)
     contexts = on_params_update(observed(contexts, range(5)), new, config=config)
     expected = replay_latents(new, config, contexts, [5])
-    window = stores.take(store, stores.resolve(store, out.slot, jnp.arange(2)))
-    chex.assert_trees_all_close(window, expected.window, atol=ATOL)
+    chex.assert_trees_all_close(windows_at(store, out.slot), expected.window, atol=ATOL)
 
 
 def replay_latents(params, config, contexts, steps):
     """The same steps by carried windows."""
-    push = jax.jit(jax.vmap(functools.partial(one_row.root_step, params, config=config)))
     window = contexts.window
     for t in steps:
         action = jnp.full(2, t % 3 if t else -1)
-        window, _, _ = push(window, action, latents(t), jnp.full(2, t))
+        given = window, action, latents(t), jnp.full(2, t)
+        window, _, _ = push(params, *given, config=config)
     return contexts.__class__(window, contexts.timestep)
 
 
@@ -208,8 +225,10 @@ def test_nothing_is_brought_back_after_an_episodes_end_or_into_an_empty_store():
     store = stores.clear_environment(store, 0)
     store = on_params_update(store, new, config=config)
     store, out = root_steps(store, new, config, 1, start=5, miss_policy="rebuild")
-    window = stores.take(store, stores.resolve(store, out.slot, jnp.arange(2)))
-    assert window.length.tolist() == [3, 5]  # alone: last observation, action, observation
+    assert windows_at(store, out.slot).length.tolist() == [
+        3,
+        5,
+    ]  # alone: last observation, action, observation
     assert stores.stats(store)["rebuilt"] == 1
     store, out = root_steps(stores.clear(store), new, config, 1, start=6, miss_policy="rebuild")
     assert stores.stats(store)["rebuilt"] == 1
