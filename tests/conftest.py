@@ -6,11 +6,14 @@ and the next. Tests marked `optimised` look at what XLA makes of a program and r
 with KVJAX_OPTIMISED; with KVJAX_FULL everything is optimised and more examples are drawn.
 """
 
+import ctypes
 import dataclasses
 import gc
 import importlib.metadata
 import math
 import os
+import resource
+import signal
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -33,11 +36,12 @@ import pytest  # noqa: E402
 from kvjax.config import WorldModelConfig  # noqa: E402
 from kvjax.model import checkpoint, world_model  # noqa: E402
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background of a script
 jax.devices()  # starts jax before any test can set how calls are dispatched
 
 DATA = HERE / "data"
-MOST_MAPPINGS = 15_000
-"""A process may have 65,530 of them, and each compiled program takes some."""
+MOST_MEMORY, MOST_MAPPINGS = 1.7 * 2**30, 15_000
+"""A process may have 65,530 mappings, and each compiled program takes some, and memory."""
 
 
 def pytest_collection_finish():
@@ -50,9 +54,14 @@ def pytest_collection_finish():
 def _few_programs():
     """Lets compiled programs go before a worker runs out of memory."""
     yield
-    mappings = Path("/proc/self/maps")
-    if mappings.exists() and mappings.read_text().count("\n") > MOST_MAPPINGS:
+    status = Path("/proc/self")
+    if not (status / "statm").exists():
+        return
+    memory = int((status / "statm").read_text().split()[1]) * resource.getpagesize()
+    if memory > MOST_MEMORY or (status / "maps").read_text().count("\n") > MOST_MAPPINGS:
         jax.clear_caches()
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 SMALL = WorldModelConfig(
