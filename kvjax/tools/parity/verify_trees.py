@@ -94,7 +94,13 @@ def _search_on_host(recorded: Sequence[RecordedTree]) -> Iterator[tuple[Array, f
 
 
 def _search_in_jit(recorded: Sequence[RecordedTree]) -> list[tuple[Array, float]]:
-    """Trees of as many actions and one discount are searched as one batch."""
+    """Trees of as many actions and one discount are searched as one batch.
+
+    A batch has as many rows as the next power of two, and every tree is as large as the largest, so
+    that few programs serve all.
+    """
+    largest = max((tree.config for tree in recorded), key=lambda one: one.num_simulations)
+    config = dataclasses.replace(largest, discount=1.0)  # data to the program
 
     def batch_of(index: int) -> tuple[int, float]:
         return len(recorded[index].legal), recorded[index].config.discount
@@ -103,13 +109,14 @@ def _search_in_jit(recorded: Sequence[RecordedTree]) -> list[tuple[Array, float]
     for _, group in itertools.groupby(sorted(range(len(recorded)), key=batch_of), key=batch_of):
         indices = list(group)
         batch = [recorded[index] for index in indices]
-        config = max((tree.config for tree in batch), key=lambda one: one.num_simulations)
+        discount = np.float32(batch[0].config.discount)
+        batch += batch[-1:] * ((1 << (len(batch) - 1).bit_length()) - len(batch))
         table = {
             name: jnp.stack([_padded(getattr(tree, name), config) for tree in batch])
             for name in ("reward", "value", "logits")
         }
         prior = jnp.stack([_prior(tree) for tree in batch])
-        visits, values = (np.asarray(x) for x in _grow(prior, table, config=config))
+        visits, values = (np.asarray(x) for x in _grow(prior, table, discount, config=config))
         for row, index in enumerate(indices):
             last = recorded[index].config.num_simulations - 1
             answers[index] = visits[last, row], float(values[last, row])
@@ -134,7 +141,7 @@ def _prior(recorded: RecordedTree) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames="config")
 def _grow(
-    prior: jax.Array, table: dict[str, jax.Array], *, config: SearchConfig
+    prior: jax.Array, table: dict[str, jax.Array], discount: Any, *, config: SearchConfig
 ) -> tuple[jax.Array, jax.Array]:
     """Searches B trees from priors [B, A] with the network as tables [B, N, A, ...].
 
@@ -148,7 +155,7 @@ def _grow(
         reward, value, logits = (table[name][edge] for name in ("reward", "value", "logits"))
         node = simulation + 1
         below = trees.softmax(logits)
-        grown = trees.expand(grown, path, node, reward, value, below, config.discount)
+        grown = trees.expand(grown, path, node, reward, value, below, discount)
         return grown, (trees.visit_counts(grown), trees.root_value(grown))
 
     simulations = jnp.arange(config.num_simulations)
