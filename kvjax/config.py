@@ -108,18 +108,19 @@ class WindowConfig:
 
     def __post_init__(self) -> None:
         make_plain(self)
-        require_positive(self, "context_length", "num_layers", "num_heads", "head_dim")
+        require_positive(self, "context_length", "num_layers", "num_heads", "head_dim", "block")
         if self.raw_size is not None:
             require_positive(self, "raw_size")
-        length = self.context_length
+        length, block = self.context_length, self.block
+        multiple = "even" if block == BLOCK else f"a multiple of {block}"
         require(
-            length % BLOCK == 0,
-            f"context_length must be even (blocks of {BLOCK} tokens), got {length}: an odd window"
-            " loses its newest observation when it slides",
+            length % block == 0,
+            f"context_length must be {multiple} (blocks of {block} tokens), got {length}: another"
+            " window loses its newest observation when it slides",
         )
         require(
-            length >= MIN_CONTEXT,
-            f"context_length must be at least {MIN_CONTEXT}, got {length}: a shorter window keeps"
+            length >= 2 * block,
+            f"context_length must be at least {2 * block}, got {length}: a shorter window keeps"
             " nothing between steps",
         )
         require_one_of("dtype", self.dtype, DTYPES)

@@ -17,7 +17,8 @@ import signal
 from pathlib import Path
 
 HERE = Path(__file__).parent
-OPTIMISED = bool(os.environ.get("KVJAX_FULL") or os.environ.get("KVJAX_OPTIMISED"))
+FULL = bool(os.environ.get("KVJAX_FULL"))
+OPTIMISED = FULL or bool(os.environ.get("KVJAX_OPTIMISED"))
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # others may not know it, and abort
     QUICK += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"

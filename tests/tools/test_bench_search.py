@@ -137,7 +137,7 @@ def test_no_such_row():
 @pytest.mark.optimised
 def test_windows_are_full_and_memory_is_small(no_lightzero):
     """A long context: whole windows per node take many times what own tokens take."""
-    case = dataclasses.replace(TINY, embed=64, heads=8, context=64, simulations=200)
+    case = dataclasses.replace(TINY, embed=64, heads=8, context=64, simulations=64)
     config, params = search._model(case, None)
     trees = (search._TREES[name] for name in ("kvjax", "mctx"))
     ours, theirs = (search.Search(case, config, params, tree) for tree in trees)

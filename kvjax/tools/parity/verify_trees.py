@@ -112,10 +112,10 @@ def _search_in_jit(recorded: Sequence[RecordedTree]) -> list[tuple[Array, float]
         discount = np.float32(batch[0].config.discount)
         batch += batch[-1:] * ((1 << (len(batch) - 1).bit_length()) - len(batch))
         table = {
-            name: jnp.stack([_padded(getattr(tree, name), config) for tree in batch])
+            name: np.stack([_padded(getattr(tree, name), config) for tree in batch])
             for name in ("reward", "value", "logits")
         }
-        prior = jnp.stack([_prior(tree) for tree in batch])
+        prior = _priors(batch)
         visits, values = (np.asarray(x) for x in _grow(prior, table, discount, config=config))
         for row, index in enumerate(indices):
             last = recorded[index].config.num_simulations - 1
@@ -129,14 +129,15 @@ def _padded(table: Array, config: SearchConfig) -> Array:
     return np.pad(table, [(0, missing)] + [(0, 0)] * (table.ndim - 1))
 
 
-def _prior(recorded: RecordedTree) -> jax.Array:
-    prior = trees.softmax(
-        jnp.asarray(recorded.root_logits)[None], jnp.asarray(recorded.legal)[None]
-    )[0]
-    if recorded.noise is None:
-        return prior
-    mixed = prior * (1 - NOISE_FRACTION) + NOISE_FRACTION * recorded.noise.astype(np.float32)
-    return jnp.where(recorded.legal, mixed, trees.ILLEGAL)
+def _priors(batch: Sequence[RecordedTree]) -> jax.Array:
+    """Priors [B, A] of the roots, their recorded noise mixed in."""
+    legal = jnp.asarray(np.stack([tree.legal for tree in batch]))
+    prior = trees.softmax(jnp.asarray(np.stack([tree.root_logits for tree in batch])), legal)
+    none = np.zeros(legal.shape[1], np.float32)
+    noise = np.stack([none if tree.noise is None else tree.noise for tree in batch])
+    noisy = np.array([tree.noise is not None for tree in batch])[:, None]
+    mixed = prior * (1 - NOISE_FRACTION) + NOISE_FRACTION * noise.astype(np.float32)
+    return jnp.where(legal, jnp.where(noisy, mixed, prior), trees.ILLEGAL)
 
 
 @functools.partial(jax.jit, static_argnames="config")
