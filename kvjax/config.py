@@ -396,3 +396,11 @@ class EnvironmentConfig:
             isinstance(scale, tuple) and bool(scale) and all(map(is_number, scale))
         )
         require(is_vector, f"observation_scale must be numbers, finite ones, got {scale!r}")
+
+    def require_fits(self, config: WorldModelConfig) -> None:
+        """Raises `ValueError` unless each entry of the model's observation has a factor."""
+        scale, size = self.observation_scale, config.observation_size
+        require(
+            scale is None or len(scale) == size,
+            f"observation_scale needs {size} factors, got {scale}",
+        )

@@ -159,6 +159,8 @@ def initial_inference(
     are forgotten afterwards.
 
     Args:
+      params: the world model's variables, or what `kvjax.prepare` made of them once for many steps:
+        a wide model's matrices are then not rewritten in each.
       store: moved, see the module's text.
       last_latent: [B, E] float32, of the observation before; not read in first steps.
       action: [B] integer, the action taken there; -1 marks an environment's first step.
@@ -203,7 +205,6 @@ def initial_inference(
 
     arrays = _Rows(latent, action, env_id, timestep, priority, last_latent=last_latent)
     how = _How(config, miss_policy, reanalysis)
-    params = unizero.remembered(params, config)
     return _uninterrupted(_initial, refuse, params, store, arrays, how)
 
 
@@ -232,6 +233,7 @@ def recurrent_inference(
     latents are kept apart; use one way or the other for a whole search.
 
     Args:
+      params: as in `initial_inference`.
       store: moved, see the module's text.
       latent: [B, E] float32, of the parent nodes.
       action: [B] integer in 0 .. A - 1.
@@ -275,7 +277,6 @@ def recurrent_inference(
 
     arrays = _Rows(latent, action, env_id, timestep, priority, depth=depth, slot=slot)
     how = _How(config, miss_policy, reanalysis, full_policy, pads_are_read)
-    params = unizero.remembered(params, config)
     return _uninterrupted(_recurrent, refuse, params, store, arrays, how)
 
 

@@ -111,7 +111,6 @@ def _checked(
     arrays = _arrays(contexts, observation, last_action, legal, config)
     kept = _kept(kept, contexts, config, search)
     dials, search = _split(search) if is_traced() else _split_on_device(search)
-    params = unizero.remembered(params, config)
     return (params, rng, contexts, *arrays, kept, dials), {"config": config, "search": search}
 
 

@@ -149,7 +149,6 @@ def replay(
     given = contexts.timestep.shape[0]
     require(given == rows, f"contexts must have {rows} rows, got {given}")
     history = observation.astype(jnp.float32), action.astype(jnp.int32), length.astype(jnp.int32)
-    params = unizero.remembered(params, config)
     contexts, policy, value = _replay(params, contexts, history, config=config)
     return contexts, policy, value
 

@@ -14,13 +14,11 @@ of a window, K hidden units of a head.
 
 import dataclasses
 import functools
-import weakref
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from kvjax.base.compilation import is_traced
 from kvjax.base.values import require_shape
 from kvjax.config import WorldModelConfig
 from kvjax.model.checks import validate_model
@@ -110,29 +108,6 @@ def prepare(params: Params, *, config: WorldModelConfig) -> UniZero:
 @functools.partial(jax.jit, static_argnames=("config",))
 def _prepare(params: Params, *, config: WorldModelConfig) -> UniZero:
     return fold(params, config=config)
-
-
-_folded: dict[tuple[int, WorldModelConfig], tuple[list[weakref.ref[jax.Array]], UniZero]] = {}
-
-
-def remembered(params: Params | UniZero, config: WorldModelConfig) -> Params | UniZero:
-    """The model of these variables, folded once for all calls that are given the same arrays.
-
-    It is forgotten when they are. What a trace follows, or numpy could change, is handed back as it
-    is, to be folded where it is used.
-    """
-    if isinstance(params, UniZero) or is_traced():
-        return params
-    leaves = jax.tree.leaves(params)
-    if not all(isinstance(leaf, jax.Array) for leaf in leaves):
-        return params
-    key = id(leaves[0]), config
-    known, model = _folded.get(key, ([], None))
-    if model is None or any(ref() is not leaf for ref, leaf in zip(known, leaves, strict=True)):
-        model = dataclasses.replace(_prepare(params, config=config), params=None)
-        _folded[key] = [weakref.ref(leaf) for leaf in leaves], model
-        weakref.finalize(leaves[0], _folded.pop, key, None).atexit = False
-    return dataclasses.replace(model, params=params)
 
 
 def validate(params: Params | UniZero, config: WorldModelConfig) -> None:

@@ -97,7 +97,9 @@ def environment_of(args: argparse.Namespace, agent: Checkpoint) -> EnvironmentCo
     env_id = args.env if stored is None or args.env is not None else stored.env_id
     if scale is None and stored is not None and env_id == stored.env_id:
         scale = stored.observation_scale
-    return EnvironmentConfig(env_id, scale)
+    environment = EnvironmentConfig(env_id, scale)
+    environment.require_fits(agent.config)
+    return environment
 
 
 def origins(found: Found) -> str:

@@ -251,14 +251,13 @@ def _make(
     except Exception as error:  # of Gymnasium, of an import, of whoever wrote the environment
         why = str(error) or type(error).__name__
         raise ValueError(f"cannot make environment {environment.env_id!r}: {why}") from error
-    space, scale = env.observation_space, environment.observation_scale
+    space = env.observation_space
     if space.shape != config.observation_shape:
         raise ValueError(
             f"{environment.env_id} observes {space.shape}, the model reads"
             f" {config.observation_shape}"
         )
-    if scale is not None and len(scale) != config.observation_size:
-        raise ValueError(f"observation_scale needs {config.observation_size} factors, got {scale}")
+    environment.require_fits(config)
     actions = getattr(env.action_space, "n", None)
     if actions != config.num_actions:
         raise ValueError(

@@ -67,7 +67,10 @@ def _store(
     require(kept == 0, f'route "store" begins each search anew: kept_nodes must be 0, got {kept}')
     clear = jax.jit(stores.clear_environment, donate_argnames=("store",))
     store = stores.init_store(config, num_envs, search_config.num_simulations)
-    latent = np.zeros((num_envs, config.embed_dim), np.float32)
+    latent, model = (
+        np.zeros((num_envs, config.embed_dim), np.float32),
+        prepare(params, config=config),
+    )
     timestep = np.zeros(num_envs, np.int32)
 
     def step(rng: jax.Array, observation: Array, last_action: Array) -> Answer:
@@ -78,7 +81,7 @@ def _store(
         for env_id in np.flatnonzero(starts):
             store = clear(store, env_id)
         arguments = store, latent, observation, last_action, timestep
-        store, latent, forest = host_search(params, *arguments, config=config, search=search_config)
+        store, latent, forest = host_search(model, *arguments, config=config, search=search_config)
         visits = np.stack([trees.visit_counts(tree) for tree in forest])
         values = np.array([trees.root_value(tree) for tree in forest])
         return Answer(visits, values, visits.argmax(axis=1))

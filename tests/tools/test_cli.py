@@ -236,6 +236,10 @@ def test_verify(capsys, data):
             ("play", "--observation-scale", "1,0"),
             "observation_scale needs 4 factors, got (1.0, 0.0)",
         ),
+        (
+            ("convert", "cartpole_masked", "out.safetensors", "--observation-scale", "1,0"),
+            "observation_scale needs 4 factors, got (1.0, 0.0)",
+        ),
         (("play", "--num-heads", "4"), "was converted with num_heads 2, got 4"),
         (("play", "--context-length", "10"), "was converted with context_length 8, got 10"),
         (("play", "--gif", "a.png"), "an animation's name must end in .gif, got a.png"),

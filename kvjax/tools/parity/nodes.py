@@ -93,7 +93,8 @@ class Stored:
         self, params: Params | UniZero, config: WorldModelConfig, store: Store, **options: Any
     ) -> None:
         self.store = store
-        self._params, self._config, self._options = params, config, options
+        self._config, self._options = config, options
+        self._model = params if isinstance(params, UniZero) else prepare(params, config=config)
 
     @property
     def roots(self) -> Window:
@@ -106,7 +107,7 @@ class Stored:
         """Makes roots of what the environments did; see `kvjax.initial_inference`."""
         self._rows, self._timestep, self._latents = np.arange(len(action)), timestep, [latent]
         asked = last_latent, action, latent, self._rows, timestep
-        self.store, out = initial_inference(self._params, self.store, *asked, config=self._config)
+        self.store, out = initial_inference(self._model, self.store, *asked, config=self._config)
         self._handle = out.slot
         return out.policy, out.value
 
@@ -115,7 +116,7 @@ class Stored:
         latent = np.stack([self._latents[i][b] for b, i in enumerate(parent)])
         asked = latent, action, self._rows, depth, self._timestep
         options = {"config": self._config, **self._options}
-        self.store, out = recurrent_inference(self._params, self.store, *asked, **options)
+        self.store, out = recurrent_inference(self._model, self.store, *asked, **options)
         self._latents.append(np.asarray(out.latent))
         return out
 
