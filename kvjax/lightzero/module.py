@@ -51,12 +51,14 @@ class Description:
     @functools.cached_property
     def exact(self) -> bool:
         """Whether the module itself computes what a full window keeps, as main can."""
-        return self.config.window_mode in ("reset", "rebuild")
+        mode = self.config.mode
+        return mode.keeps_raw or mode.carry is not None
 
     @functools.cached_property
     def kept(self) -> int:
         """Tokens that a full window keeps."""
-        return 1 if self.config.window_mode == "reset" else self.stored
+        carry = self.config.mode.carry
+        return self.stored if carry is None else carry
 
     @functools.cached_property
     def stored(self) -> int:

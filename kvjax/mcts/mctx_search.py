@@ -71,28 +71,10 @@ def run(
     embedding = _Node(contexts.window, jnp.zeros_like(contexts.timestep))
     root = mctx.RootFnOutput(prior_logits=policy, value=root_value, embedding=embedding)
     search_rng, action_rng = jax.random.split(rng)
-    options: dict[str, Any] = {
-        "params": model,
-        "rng_key": search_rng,
-        "root": root,
-        "recurrent_fn": _recurrent_fn(contexts.timestep, config, dials.discount),
-        "num_simulations": search.num_simulations,
-        "invalid_actions": ~legal,
-        "max_depth": search.max_depth,
-    }
+    result = _plan(model, search_rng, root, contexts.timestep, legal, dials, config, search)
     if search.tree == "gumbel":
-        scale = 1.0 if search.noise_fraction > 0.0 else 0.0
-        result = mctx.gumbel_muzero_policy(**options, gumbel_scale=scale)
         action = result.action.astype(jnp.int32)
     else:
-        result = mctx.muzero_policy(
-            **options,
-            qtransform=_normalise_over_tree,
-            dirichlet_fraction=search.noise_fraction,
-            dirichlet_alpha=search.dirichlet_alpha,
-            pb_c_init=search.pb_c_init,
-            pb_c_base=search.pb_c_base,
-        )
         counts = result.search_tree.summary().visit_counts
         action = choose(action_rng, counts, legal, dials.temperature)
     summary = result.search_tree.summary()
@@ -106,6 +88,39 @@ def run(
         mean_depth=_mean_depth(result.search_tree),
         finite=finite & all_finite(summary.value, summary.qvalues) & jnp.any(legal, axis=1),
         action_weights=result.action_weights,
+    )
+
+
+def _plan(
+    model: UniZero,
+    rng: jax.Array,
+    root: mctx.RootFnOutput,
+    timestep: jax.Array,
+    legal: jax.Array,
+    dials: Dials,
+    config: WorldModelConfig,
+    search: SearchConfig,
+) -> Any:
+    """What mctx's policy answers, its `PolicyOutput`."""
+    options: dict[str, Any] = {
+        "params": model,
+        "rng_key": rng,
+        "root": root,
+        "recurrent_fn": _recurrent_fn(timestep, config, dials.discount),
+        "num_simulations": search.num_simulations,
+        "invalid_actions": ~legal,
+        "max_depth": search.max_depth,
+    }
+    if search.tree == "gumbel":
+        scale = 1.0 if search.noise_fraction > 0.0 else 0.0
+        return mctx.gumbel_muzero_policy(**options, gumbel_scale=scale)
+    return mctx.muzero_policy(
+        **options,
+        qtransform=_normalise_over_tree,
+        dirichlet_fraction=search.noise_fraction,
+        dirichlet_alpha=search.dirichlet_alpha,
+        pb_c_init=search.pb_c_init,
+        pb_c_base=search.pb_c_base,
     )
 
 
