@@ -112,10 +112,11 @@ class WindowConfig:
         if self.raw_size is not None:
             require_positive(self, "raw_size")
         length, block = self.context_length, self.block
-        multiple = "even" if block == BLOCK else f"a multiple of {block}"
+        is_pair = block == BLOCK
+        multiple, other = ("even", "an odd") if is_pair else (f"a multiple of {block}", "another")
         require(
             length % block == 0,
-            f"context_length must be {multiple} (blocks of {block} tokens), got {length}: another"
+            f"context_length must be {multiple} (blocks of {block} tokens), got {length}: {other}"
             " window loses its newest observation when it slides",
         )
         require(

@@ -200,17 +200,20 @@ def test_wide_frames_are_thinned(tmp_path):
         assert np.asarray(animation.convert("L")).min() > 200
 
 
+TWICE, THRICE = (2.0,) * 5, (3.0,) * 5
+
+
 @pytest.mark.parametrize(
     ("env", "scale", "expected"),
     [
-        (None, None, EnvironmentConfig("Stored-v0", (2.0,))),
-        ("Stored-v0", None, EnvironmentConfig("Stored-v0", (2.0,))),
+        (None, None, EnvironmentConfig("Stored-v0", TWICE)),
+        ("Stored-v0", None, EnvironmentConfig("Stored-v0", TWICE)),
         ("Other-v0", None, EnvironmentConfig("Other-v0", None)),
-        ("Other-v0", (3.0,), EnvironmentConfig("Other-v0", (3.0,))),
-        (None, (3.0,), EnvironmentConfig("Stored-v0", (3.0,))),
+        ("Other-v0", THRICE, EnvironmentConfig("Other-v0", THRICE)),
+        (None, THRICE, EnvironmentConfig("Stored-v0", THRICE)),
     ],
 )
 def test_a_scale_belongs_to_its_environment(env, scale, expected):
-    agent = Checkpoint(SMALL, PARAMS, EnvironmentConfig("Stored-v0", (2.0,)))
+    agent = Checkpoint(SMALL, PARAMS, EnvironmentConfig("Stored-v0", TWICE))
     args = argparse.Namespace(env=env, observation_scale=scale)
     assert options.environment_of(args, agent) == expected

@@ -112,7 +112,7 @@ def _search_in_jit(recorded: Sequence[RecordedTree]) -> list[tuple[Array, float]
         discount = np.float32(batch[0].config.discount)
         batch += batch[-1:] * ((1 << (len(batch) - 1).bit_length()) - len(batch))
         table = {
-            name: np.stack([_padded(getattr(tree, name), config) for tree in batch])
+            name: jnp.asarray(np.stack([_padded(getattr(one, name), config) for one in batch]))
             for name in ("reward", "value", "logits")
         }
         prior = _priors(batch)
