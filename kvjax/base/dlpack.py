@@ -28,7 +28,7 @@ from kvjax.base.values import require
 _PLATFORMS = {"cpu": "cpu", "cuda": "gpu"}
 """Torch's device types and jax's platforms that share memory."""
 
-_PAUSE_S = 1e-3
+_PAUSE_S, _PATIENCE_S = 1e-3, 0.25
 
 
 def to_torch(tree: Any) -> Any:
@@ -283,7 +283,8 @@ def _lend(tensor: Any) -> tuple[jax.Array, threading.Event]:
 
 def _wait_for(returned: threading.Event) -> None:
     """Waits for memory to be returned; if somebody keeps a view of it, for all computations."""
-    computing = [] if returned.wait(_PAUSE_S) else jax.live_arrays()  # type: ignore[no-untyped-call]
+    # Looking at what other threads compute is not safe in jax, so that is the last resort.
+    computing = [] if returned.wait(_PATIENCE_S) else jax.live_arrays()  # type: ignore[no-untyped-call]
     for array in computing:
         while not (_is_done(array) or returned.wait(_PAUSE_S)):
             pass
