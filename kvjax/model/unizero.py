@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kvjax.base.values import require_shape
+from kvjax.base.values import require, require_shape
 from kvjax.config import WorldModelConfig
 from kvjax.model.checks import validate_model
 from kvjax.model.encoders import EPSILON
@@ -84,6 +84,7 @@ class UniZero:
     actions: jax.Array  # [A, E] centred
     positions: jax.Array | None  # [C, E] centred; None if positions are rotary
     projected: jax.Array | None  # [C, L, 2, H, D], what each position adds to keys and values
+    num_heads: int = dataclasses.field(metadata={"static": True})  # H, in the queries' scale
 
     @property
     def dtype(self) -> Any:
@@ -111,8 +112,23 @@ def _prepare(params: Params, *, config: WorldModelConfig) -> UniZero:
 
 
 def validate(params: Params | UniZero, config: WorldModelConfig) -> None:
-    """Refuses what is neither a model of this configuration nor its variables."""
-    validate_model(params.params if isinstance(params, UniZero) else params, config)
+    """Refuses what is neither a model of this configuration nor its variables.
+
+    Raises:
+      TypeError, ValueError: as `validate_model`; or the model was prepared for other heads,
+        another context or other positions than the configuration's, which are folded in.
+    """
+    if not isinstance(params, UniZero):
+        validate_model(params, config)
+        return
+    validate_model(params.params, config)
+    came = params.num_heads, None if params.positions is None else len(params.positions)
+    wanted = config.num_heads, None if config.is_rotary else config.context_length
+    require(
+        came == wanted,
+        f"the model was prepared for (heads, positions) {came}, this config has {wanted}: call"
+        " kvjax.prepare with it",
+    )
 
 
 def fold(params: Params | UniZero, *, config: WorldModelConfig) -> UniZero:
@@ -142,6 +158,7 @@ def fold(params: Params | UniZero, *, config: WorldModelConfig) -> UniZero:
         actions=_centred(p["action_embedding"]["embedding"], axis=1),
         positions=table,
         projected=projected,
+        num_heads=config.num_heads,
     )
 
 

@@ -46,3 +46,18 @@ def test_equals_the_model_over_an_episode_with_slides_and_restarts(mode, layout)
         contexts, *heads = step(contexts, observation, action)
         chex.assert_trees_all_close((contexts, heads), (expected, expected_heads), atol=2e-5)
     assert int(jnp.max(contexts.window.length)) == config.window.kept_length
+
+
+@pytest.mark.parametrize("mode", ["learned", "rope_consistent"])
+@pytest.mark.parametrize("change", [{"context_length": 10}, {"num_heads": 4}])
+def test_what_was_prepared_for_another_configuration_is_refused(mode, change):
+    """Its weights may be the same: positions and the queries' scale are not."""
+    config = with_mode(SMALL, mode)
+    model = unizero.prepare(random_params(config), config=config)
+    unizero.validate(model, config)
+    other = dataclasses.replace(config, **change)
+    if mode != "learned" and "context_length" in change:
+        unizero.validate(model, other)  # nothing of a rotary model depends on it
+        return
+    with pytest.raises(ValueError, match="prepared for .* call kvjax.prepare"):
+        unizero.validate(model, other)
