@@ -15,9 +15,13 @@ from kvjax.mcts.inference import (
 )
 from kvjax.mcts.output import SearchOutput
 from kvjax.mcts.params_update import on_params_update
+from kvjax.mcts.protocol import Node, Root, Transition, TreeModel
 from kvjax.mcts.search import search
+from kvjax.mcts.search_tree import SearchTree
 from kvjax.mcts.serialization import register as _register
-from kvjax.mcts.subtree import Kept, init_kept
+from kvjax.mcts.subtree import Kept
+from kvjax.mcts.tree_search import tree_search
+from kvjax.mcts.unizero_tree import init_kept
 from kvjax.model import checkpoint
 from kvjax.model import world_model as world_model
 from kvjax.model.contexts import Contexts, init_contexts, replay
@@ -39,13 +43,18 @@ __all__ = [
     "Contexts",
     "Inference",
     "Kept",
+    "Node",
     "Pool",
     "Prediction",
+    "Root",
     "SearchConfig",
     "SearchOutput",
+    "SearchTree",
     "StepInterrupt",
     "Store",
     "StoreFullError",
+    "Transition",
+    "TreeModel",
     "Window",
     "WindowConfig",
     "WorldModelConfig",
@@ -65,4 +74,5 @@ __all__ = [
     "stats",
     "to_jax",
     "to_torch",
+    "tree_search",
 ]

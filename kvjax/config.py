@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 from kvjax.base.values import (
@@ -51,9 +52,10 @@ MAX_SIMULATIONS = 2**24 - 1
 
 Tree = Literal["lightzero", "muzero", "gumbel"]
 TREES = ("lightzero", "muzero", "gumbel")
+Q_TRANSFORMS = ("tree", "siblings", "mix_value")
 _UNREAD: dict[Tree, tuple[str, ...]] = {
-    "lightzero": (),
-    "muzero": (),
+    "lightzero": ("q_transform", "max_considered_actions"),
+    "muzero": ("max_considered_actions",),
     "gumbel": ("temperature", "dirichlet_alpha", "pb_c_init", "pb_c_base"),
 }
 """Fields of a `SearchConfig` that a tree has no use for, `kept_nodes` left out."""
@@ -297,14 +299,19 @@ class WorldModelConfig:
 class SearchConfig:
     """How a search walks and chooses.
 
-    `tree` "lightzero" is kvjax's own tree with LightZero's rules; "muzero" and "gumbel" are mctx's
-    policies, with a whole window per node.
-    `temperature` 0 takes the most visited action, the first one on ties; above 0 it samples
-    proportionally to `visits ** (1 / temperature)`. `noise_fraction` 0 means no root noise.
+    `tree` says by whose rules a tree grows: "lightzero", or mctx's policies "muzero" and "gumbel".
+    `temperature` 0 takes the most visited action, the first one on ties ("muzero" draws among them,
+    as mctx does); above 0 it samples proportionally to `visits ** (1 / temperature)`.
+    `noise_fraction` 0 means no root noise.
     `kept_nodes` is how many nodes below the action that was taken the next search begins with, at
     most; 0, as in LightZero, begins each search anew. See `kvjax.mcts.subtree`.
-    "gumbel" reads of the noise only whether there is any, and has no use for `temperature`,
-    `dirichlet_alpha`, `pb_c_init` and `pb_c_base`.
+    `q_transform` says how "muzero" and "gumbel" scale Q values: "siblings" or "mix_value", mctx's
+    `qtransform_by_parent_and_siblings` and `qtransform_completed_by_mix_value`, or "tree", by the
+    extremes of the whole tree as LightZero does; or it is a function like mctx's, of a tree that
+    holds one node. None is "mix_value" for "gumbel"; for "muzero" it is "tree" in `kvjax.search`
+    and mctx's own, "siblings", in `kvjax.tree_search`.
+    "gumbel" considers `max_considered_actions` at the root, reads of the noise only whether there
+    is any, and has no use for `temperature`, `dirichlet_alpha`, `pb_c_init` and `pb_c_base`.
     Searches that differ in temperature and discount alone share one compiled program.
 
     Raises:
@@ -321,10 +328,14 @@ class SearchConfig:
     pb_c_base: float = 19652.0
     max_depth: int | None = None  # edges below the root
     kept_nodes: int = 0
+    q_transform: str | Callable[..., Any] | None = None
+    max_considered_actions: int = 16
 
     def __post_init__(self) -> None:
         make_plain(self)
-        require_positive(self, "num_simulations")
+        require_positive(self, "num_simulations", "max_considered_actions")
+        if not (self.q_transform is None or callable(self.q_transform)):
+            require_one_of("q_transform", self.q_transform, Q_TRANSFORMS)
         require_one_of("tree", self.tree, TREES)
         self._check_size()
         if self.max_depth is not None:
@@ -357,9 +368,9 @@ class SearchConfig:
             f" simulations, got {kept}: a tree holds no more nodes",
         )
         require(
-            kept == 0 or self.tree == "lightzero",
-            f'kept_nodes needs tree "lightzero", got {kept} with tree "{self.tree}": mctx begins'
-            " each search anew",
+            kept == 0 or self.tree != "gumbel",
+            f'kept_nodes must be 0 with tree "gumbel", got {kept}: its root halves the actions that'
+            " it considers by the visits of one search",
         )
 
     def _check_unread(self) -> None:

@@ -10,19 +10,29 @@ from kvjax.mcts.inference import (
 )
 from kvjax.mcts.output import SearchOutput
 from kvjax.mcts.params_update import on_params_update
+from kvjax.mcts.protocol import Node, Root, Transition, TreeModel
 from kvjax.mcts.search import search
-from kvjax.mcts.subtree import Kept, init_kept
+from kvjax.mcts.search_tree import SearchTree
+from kvjax.mcts.subtree import Kept
+from kvjax.mcts.tree_search import tree_search
+from kvjax.mcts.unizero_tree import init_kept
 
 __all__ = [
     "CacheMissError",
     "Inference",
     "Kept",
+    "Node",
+    "Root",
     "SearchOutput",
+    "SearchTree",
     "StepInterrupt",
     "StoreFullError",
+    "Transition",
+    "TreeModel",
     "init_kept",
     "initial_inference",
     "on_params_update",
     "recurrent_inference",
     "search",
+    "tree_search",
 ]

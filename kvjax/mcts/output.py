@@ -4,11 +4,15 @@ Shapes: B rows, A actions.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
+import numpy as np
 
 from kvjax.base import display
+from kvjax.base.compilation import is_traced
+from kvjax.config import SearchConfig
 
 
 @jax.tree_util.register_dataclass
@@ -18,6 +22,23 @@ class Dials:
 
     temperature: jax.Array  # [] float32
     discount: jax.Array  # [] float32
+
+
+def split(search: SearchConfig) -> tuple[Dials, SearchConfig]:
+    """What is data, and a configuration that is the same for all that differ only in it."""
+    return _split(search) if is_traced() else _split_on_device(search)
+
+
+def _split(search: SearchConfig) -> tuple[Dials, SearchConfig]:
+    dials: Any = (np.asarray(x, np.float32) for x in (search.temperature, search.discount))
+    return Dials(*dials), dataclasses.replace(search, temperature=0.0, discount=1.0)
+
+
+@functools.lru_cache
+def _split_on_device(search: SearchConfig) -> tuple[Dials, SearchConfig]:
+    """Kept there, so that a call moves nothing."""
+    dials, same = _split(search)
+    return jax.device_put(dials), same
 
 
 @jax.tree_util.register_dataclass
@@ -38,6 +59,7 @@ class SearchOutput(display.Drawn):
       action_weights: [B, A], the policy target: shares of visits, or mctx's improved policy
         ("gumbel").
       kept: `kvjax.Kept` for the next search, with `SearchConfig.kept_nodes`; else None.
+      tree: `kvjax.SearchTree`, where `kvjax.tree_search` was asked to return it; else None.
     """
 
     action: jax.Array
@@ -50,6 +72,7 @@ class SearchOutput(display.Drawn):
     finite: jax.Array
     action_weights: jax.Array
     kept: Any = None
+    tree: Any = None
 
     def _picture(self) -> display.Picture | None:
         return display.search_output(self)

@@ -16,12 +16,11 @@ from kvjax.base.arrays import ArrayLike, validate_range
 from kvjax.base.compilation import is_traced, jit_small_operations
 from kvjax.base.values import require_type
 from kvjax.config import SearchConfig, WorldModelConfig
-from kvjax.mcts import mctx_search, policies, subtree
-from kvjax.mcts import tokens as own_tokens
-from kvjax.mcts import tree as trees
-from kvjax.mcts.output import Dials, SearchOutput
-from kvjax.mcts.subtree import Kept
-from kvjax.mcts.unizero_tree import init_tokens, tree_model
+from kvjax.mcts import subtree, unizero_tree
+from kvjax.mcts.output import Dials, SearchOutput, split
+from kvjax.mcts.protocol import Facts
+from kvjax.mcts.subtree import Kept, Past
+from kvjax.mcts.tree_search import by_rows, plan
 from kvjax.model import step, unizero
 from kvjax.model.checks import validate_key
 from kvjax.model.contexts import Contexts, advance, validate_contexts
@@ -110,7 +109,9 @@ def _checked(
     require_type("search", search, SearchConfig, "kvjax.SearchConfig")
     arrays = _arrays(contexts, observation, last_action, legal, config)
     kept = _kept(kept, contexts, config, search)
-    dials, search = _split(search) if is_traced() else _split_on_device(search)
+    if search.tree == "muzero" and search.q_transform is None:
+        search = dataclasses.replace(search, q_transform="tree")
+    dials, search = split(search)
     return (params, rng, contexts, *arrays, kept, dials), {"config": config, "search": search}
 
 
@@ -160,28 +161,15 @@ def _kept(
     rows = contexts.timestep.shape[0]
     if kept is not None:
         require_type("kept", kept, Kept, "kvjax.init_kept")
-        subtree.validate(kept, rows, config, search)
+        subtree.require_kept_nodes(search)
         return kept
     if search.kept_nodes == 0:
         return None
-    begin = subtree.init_kept if is_traced() else _begin
+    begin = unizero_tree.init_kept if is_traced() else _begin
     return begin(config, rows, search)
 
 
-_begin = jax.jit(subtree.init_kept, static_argnums=(0, 1, 2))
-
-
-def _split(search: SearchConfig) -> tuple[Dials, SearchConfig]:
-    """What is data, and a configuration that is the same for all that differ only in it."""
-    dials: Any = (np.asarray(x, np.float32) for x in (search.temperature, search.discount))
-    return Dials(*dials), dataclasses.replace(search, temperature=0.0, discount=1.0)
-
-
-@functools.lru_cache
-def _split_on_device(search: SearchConfig) -> tuple[Dials, SearchConfig]:
-    """Kept there, so that a call moves nothing."""
-    dials, same = _split(search)
-    return jax.device_put(dials), same
+_begin = jax.jit(unizero_tree.init_kept, static_argnums=(0, 1, 2))
 
 
 def _validate(
@@ -228,13 +216,11 @@ def _search(
     search: SearchConfig,
 ) -> tuple[Contexts, SearchOutput]:
     """The search itself; without `dials` temperature and discount are those of `search`."""
-    dials = _split(search)[0] if dials is None else dials
+    dials = split(search)[0] if dials is None else dials
     arguments = params, rng, contexts, observation, last_action, legal, kept, dials
     run = functools.partial(_advance_and_plan, config=config, search=search)
     rows = meshes.rows_of(contexts.timestep)
-    by_row: Any = meshes.spec(rows)
-    fields = {field.name: by_row for field in dataclasses.fields(SearchOutput)}
-    results = by_row, SearchOutput(**fields | {"kept": meshes.specs(kept, rows, 1)})
+    results = meshes.spec(rows), by_rows(rows, kept)
     planned: tuple[Contexts, SearchOutput] = meshes.run_automatic(run, arguments, results)
     return planned
 
@@ -254,31 +240,16 @@ def _advance_and_plan(
 ) -> tuple[Contexts, SearchOutput]:
     model = unizero.fold(params, config=config)
     contexts, policy, value = advance(model, contexts, observation, last_action, config=config)
-    root_value = support.to_scalar(value, config.support)
-    if search.tree != "lightzero":
-        return contexts, mctx_search.run(
-            model, rng, contexts, policy, root_value, legal, dials, config, search
-        )
-    noise_rng, action_rng = jax.random.split(rng)
-    prior = trees.softmax(policy, legal)
-    tree = trees.init(policies.with_noise(noise_rng, prior, legal, search), search)
-    tokens = init_tokens(model, contexts.window, config, search.num_nodes)
-    if kept is not None:
-        tree, tokens = subtree.promote(kept, tree, tokens, contexts.timestep, last_action, search)
-    tree, tokens = own_tokens.run(
-        tree_model(config), model, tree, tokens, contexts.timestep, dials.discount, search
+    value = support.to_scalar(value, config.support)
+    output = plan(
+        model,
+        rng,
+        unizero_tree.root(model, contexts, policy, value, legal, config),
+        None if kept is None else Past(kept, last_action, contexts.timestep),
+        dials,
+        model=unizero_tree.tree_model(config),
+        facts=Facts(),
+        search=search,
+        raw=False,
     )
-    visit_counts = trees.visit_counts(tree)
-    return contexts, SearchOutput(
-        action=policies.choose(action_rng, visit_counts, legal, dials.temperature),
-        visit_counts=visit_counts,
-        root_value=trees.root_value(tree),
-        q_values=trees.q_values(tree),
-        prior=jnp.maximum(prior, 0.0),
-        network_value=root_value,
-        mean_depth=tree.total_depth / search.num_simulations,
-        finite=policies.all_finite(policy, root_value, trees.root_value(tree), tree.low, tree.high)
-        & jnp.any(legal, axis=1),
-        action_weights=policies.visit_shares(jnp.where(legal, visit_counts, 0)),
-        kept=None if kept is None else Kept(tree, tokens, contexts.timestep),
-    )
+    return contexts, output

@@ -6,6 +6,7 @@ observation; that action's child becomes the root, and this is what comes along:
 * Every node below the child: visits, sums of values, rewards, Q values, priors, its own two tokens.
   The root keeps its visits and its sum, and the tree its smallest and largest Q value. The root's
   prior, noise and legal actions are the new ones; edges that are illegal now are taken back.
+* A node's state comes along; the root's is the new one.
 * The root's window is the real one. It has as many tokens as the child's imagined window, and each
   token of that window that a kept node reads is replaced by the real one in its place. Positions
   need nothing: slots are the same, and a rotary position counts from the episode's beginning.
@@ -14,6 +15,8 @@ observation; that action's child becomes the root, and this is what comes along:
 
 A row begins anew if its episode did, if its action had no node, if its clock or its window is not
 what the kept tree expects, or if that tree holds NaN.
+
+The clock counts from an episode's beginning; a search that is not told of one counts its steps.
 
 Shapes: B rows, N nodes, K kept_nodes, T slots of a stored window, M tokens, A actions, F fields.
 """
@@ -25,13 +28,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kvjax.base.values import require, require_count, require_type
-from kvjax.config import SearchConfig, WorldModelConfig
+from kvjax.base.values import require
+from kvjax.config import SearchConfig
 from kvjax.mcts import tree as trees
-from kvjax.mcts.tokens import Tokens
-from kvjax.mcts.tree import CHILD, PRIOR, ROOT, UNVISITED, VALUE_SUM, VISITS, Q, Tree
-from kvjax.mcts.unizero_tree import empty_tokens
-from kvjax.model import step
+from kvjax.mcts.protocol import Root, TreeModel
+from kvjax.mcts.tokens import Tokens, empty_tokens
+from kvjax.mcts.tree import CHILD, PRIOR, ROOT, UNVISITED, VALUE, VISITS, Q, Rules, Tree
 
 _NO_STEP = -2
 """The clock of no tree: no root comes one step after it."""
@@ -53,6 +55,20 @@ class Kept:
     timestep: jax.Array
 
 
+@dataclasses.dataclass(frozen=True)
+class Past:
+    """What an earlier search has kept, and what happened since.
+
+    Attributes:
+      last_action: [B] int32, that led from its roots to the new ones; -1 begins a row anew.
+      timestep: [B] int32, of the new roots.
+    """
+
+    kept: Kept
+    last_action: jax.Array
+    timestep: jax.Array
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Renumbered:
@@ -63,57 +79,51 @@ class _Renumbered:
     used: jax.Array  # [K + 1] bool
 
 
-def init_kept(config: WorldModelConfig, num_envs: int, search: SearchConfig) -> Kept:
-    """Empty trees to begin with, where a loop needs something to carry.
+def begin(model: TreeModel, root: Root, search: SearchConfig, fields: int) -> Kept:
+    """Empty trees, in which no row finds its action.
 
-    Returns:
-      `Kept` with edges [N, B, 6, A], tables [M, B, E] and windows [N, B, T].
-
-    Raises:
-      TypeError: an argument of another type.
-      ValueError: the search has no `kept_nodes`, or `num_envs` is not a positive integer.
+    Args:
+      root: whose shapes they have.
+      fields: F of an edge.
     """
-    require_type("config", config, WorldModelConfig, "kvjax.WorldModelConfig")
-    require_type("search", search, SearchConfig, "kvjax.SearchConfig")
-    num_envs = require_count("num_envs", num_envs)
-    _require_kept_nodes(search)
+    rows = root.length.shape[0]
     return Kept(
-        tree=trees.init(jnp.zeros((num_envs, config.num_actions), jnp.float32), search),
-        tokens=empty_tokens(config, num_envs, search.num_nodes),
-        timestep=jnp.full((num_envs,), _NO_STEP, jnp.int32),
+        tree=trees.init(jnp.zeros(root.policy.shape, jnp.float32), search, fields),
+        tokens=empty_tokens(model, root, search.num_nodes),
+        timestep=jnp.full((rows,), _NO_STEP, jnp.int32),
     )
 
 
-def validate(kept: Kept, rows: int, config: WorldModelConfig, search: SearchConfig) -> None:
-    """Refuses trees of a search or a model of another configuration."""
-    _require_kept_nodes(search)
-    for (path, wanted), came in zip(
-        _shapes(config, rows, search), jax.tree.leaves(kept), strict=False
-    ):
+def validate(kept: Kept, wanted: Any) -> None:
+    """Refuses trees of a search or a model of another configuration.
+
+    Args:
+      wanted: a `Kept` of shapes and dtypes.
+    """
+    expected = jax.tree.leaves_with_path(wanted)
+    for (path, shape), came in zip(expected, jax.tree.leaves(kept), strict=False):
         require(
-            (wanted.shape, wanted.dtype) == (came.shape, came.dtype),
-            f"kept{jax.tree_util.keystr(path)} must be {wanted.dtype} {wanted.shape}, got"
+            (shape.shape, shape.dtype) == (came.shape, came.dtype),
+            f"kept{jax.tree_util.keystr(path)} must be {shape.dtype} {shape.shape}, got"
             f" {came.dtype} {came.shape}: it comes from another configuration",
         )
+    begun, came = (str(jax.tree.structure(x)) for x in (wanted, kept))
+    require(begun == came, f"kept must have the structure {begun}, got {came}")
 
 
-@functools.lru_cache
-def _shapes(config: WorldModelConfig, rows: int, search: SearchConfig) -> list[tuple[Any, Any]]:
-    """Paths, and shapes and dtypes, of a `Kept`; cached because tracing takes a millisecond."""
-    return jax.tree.leaves_with_path(jax.eval_shape(lambda: init_kept(config, rows, search)))
-
-
-def _require_kept_nodes(search: SearchConfig) -> None:
+def require_kept_nodes(search: SearchConfig) -> None:
+    """Raises `ValueError` unless the search keeps nodes."""
     require(search.kept_nodes > 0, "kept needs a search with kept_nodes above 0, got 0")
 
 
 def promote(
-    kept: Kept,
+    past: Past,
     tree: Tree,
     tokens: Tokens,
-    timestep: jax.Array,
-    last_action: jax.Array,
+    legal: jax.Array | None,
+    model: TreeModel,
     search: SearchConfig,
+    rules: Rules,
 ) -> tuple[Tree, Tokens]:
     """Fills in what comes along.
 
@@ -121,20 +131,25 @@ def promote(
       tree: that the search would begin with if nothing were kept; it stays so in rows that begin
         anew.
       tokens: as `tree`.
-      timestep: [B] int32 of the new roots.
-      last_action: [B] int32 that led to them.
+      legal: [B, A] bool of the new roots; None: all actions.
+      rules: by which the trees grow.
+
+    Raises:
+      ValueError: what was kept comes from another configuration.
     """
-    every_row, old = jnp.arange(timestep.shape[0], dtype=jnp.int32), kept.tree
+    kept, last_action, old = past.kept, past.last_action, past.kept.tree
+    validate(kept, Kept(tree, tokens, past.timestep))
+    every_row = trees.every(last_action.shape[0])
+    legal = jnp.ones(tree.edges[ROOT, :, PRIOR].shape, bool) if legal is None else legal
     taken = old.edges[ROOT, every_row, :, jnp.maximum(last_action, 0)]  # [B, F]
     child = taken[:, CHILD].astype(jnp.int32)
     goes_on = (
-        (last_action != step.FIRST_STEP)
+        (last_action >= 0)
         & (child != int(UNVISITED))
-        & (timestep == kept.timestep + 1)
+        & (past.timestep == kept.timestep + 1)
         & (tokens.length[ROOT] == kept.tokens.length[child, every_row])
         & jnp.isfinite(old.low + old.high)
     )
-    legal = tree.edges[ROOT, :, PRIOR] >= 0
     lost = jnp.where(legal[:, None], 0.0, old.edges[child, every_row])  # [B, F, A]
     edges = old.edges.at[child, every_row].set(_without(old.edges[child, every_row], legal))
     nodes = jax.vmap(_renumber, in_axes=(1, 0, 0, None), out_axes=1)(
@@ -143,7 +158,9 @@ def promote(
     by_row = jax.vmap(_take_edges, in_axes=1, out_axes=1)
     moved = by_row(edges, tree.edges, nodes)
     visits = taken[:, VISITS] - jnp.sum(lost[:, VISITS], axis=1)
-    value_sum = taken[:, VALUE_SUM] - jnp.sum(lost[:, VISITS] * lost[:, Q], axis=1)
+    value = taken[:, VALUE] * taken[:, VISITS] if rules.running_mean else taken[:, VALUE]
+    value = value - jnp.sum(lost[:, VISITS] * lost[:, Q], axis=1)
+    value_sum = value / jnp.maximum(visits, 1) if rules.running_mean else value
     grown = Tree(
         edges=moved.at[ROOT, :, PRIOR].set(tree.edges[ROOT, :, PRIOR]),
         root_visits=jnp.where(goes_on, visits, tree.root_visits),
@@ -152,13 +169,14 @@ def promote(
         high=jnp.where(goes_on, old.high, tree.high),
         total_depth=tree.total_depth,
     )
-    take_tokens = jax.vmap(_take_tokens, in_axes=(1, 1, 0, 1), out_axes=1)
-    return grown, take_tokens(kept.tokens, tokens, child, nodes)
+    take_tokens = functools.partial(_take_tokens, size_of_block=model.block)
+    tokens_by_row = jax.vmap(take_tokens, in_axes=(1, 1, 0, 1), out_axes=1)
+    return grown, tokens_by_row(kept.tokens, tokens, child, nodes)
 
 
 def _without(edges: jax.Array, legal: jax.Array) -> jax.Array:
     """Edges [B, F, A] of nodes, untried where not `legal` [B, A]."""
-    return jnp.where(legal[:, None], edges, trees.blank(legal.shape))
+    return jnp.where(legal[:, None], edges, trees.blank(legal.shape, edges.shape[1]))
 
 
 def _renumber(
@@ -192,30 +210,39 @@ def _take_edges(old: jax.Array, new: jax.Array, nodes: _Renumbered) -> jax.Array
     return new.at[:count].set(jnp.where(nodes.used[:, None, None], taken, new[:count]))
 
 
-def _take_tokens(old: Tokens, new: Tokens, child: jax.Array, nodes: _Renumbered) -> Tokens:
-    """One tree's tokens: tables [M, E], slots [N, T], lengths [N]; the new root's come first.
+def _take_tokens(
+    old: Tokens, new: Tokens, child: jax.Array, nodes: _Renumbered, *, size_of_block: int
+) -> Tokens:
+    """One tree's tokens: tables [M, ...], slots [N, T], lengths [N], states [N, ...].
 
-    What the child's window held is the root's token in that place from now on.
+    What the child's window held is the new root's token in that place from now on.
     """
     (num_nodes, size), below = old.slots.shape, nodes.source[1:]
-    size_of_block = (old.tables[0].shape[0] - size) // (num_nodes - 1)
     every_slot, in_block = (jnp.arange(n, dtype=jnp.int32) for n in (size, size_of_block))
-    window = jnp.where(every_slot < old.length[child], old.slots[child], old.tables[0].shape[0])
+    behind_all = size + size_of_block * (num_nodes - 1)
+    window = jnp.where(every_slot < old.length[child], old.slots[child], behind_all)
     own = size + size_of_block * (nodes.number[1:, None] - 1) + in_block[None]
     place = jnp.concatenate([jnp.zeros(size, jnp.int32), jnp.maximum(own, 0).reshape(-1)])
     place = place.at[window].set(every_slot, mode="drop")
 
-    def take(kept: jax.Array, begun: jax.Array) -> jax.Array:
-        blocks = kept[size:].reshape(num_nodes - 1, size_of_block, -1)[below - 1]
-        here = slice(size, size + size_of_block * below.shape[0])
-        room = begun[here].reshape(blocks.shape)
-        chosen = jnp.where(nodes.used[1:, None, None], blocks, room)
-        return begun.at[here].set(chosen.reshape(-1, begun.shape[-1]))
+    def chosen(came: jax.Array, begun: jax.Array) -> jax.Array:
+        return jnp.where(nodes.used[1:].reshape(-1, *[1] * (came.ndim - 1)), came, begun)
 
-    here, used = slice(1, nodes.used.shape[0]), nodes.used[1:]
-    slots = jnp.where(used[:, None], place[old.slots[below]], new.slots[here])
+    def take(kept: jax.Array, begun: jax.Array) -> jax.Array:
+        own_tokens = kept[size:].reshape(num_nodes - 1, size_of_block, *kept.shape[1:])
+        here = slice(size, size + size_of_block * below.shape[0])
+        room = begun[here].reshape(below.shape[0], size_of_block, *kept.shape[1:])
+        came = chosen(own_tokens[below - 1], room)
+        return begun.at[here].set(came.reshape(begun[here].shape))
+
+    here = slice(1, nodes.used.shape[0])
+
+    def take_node(kept: jax.Array, begun: jax.Array) -> jax.Array:
+        return begun.at[here].set(chosen(kept[below], begun[here]))
+
     return Tokens(
-        tables=tuple(take(*pair) for pair in zip(old.tables, new.tables, strict=True)),
-        slots=new.slots.at[here].set(slots),
-        length=new.length.at[here].set(jnp.where(used, old.length[below], new.length[here])),
+        tables=jax.tree.map(take, old.tables, new.tables),
+        slots=new.slots.at[here].set(chosen(place[old.slots[below]], new.slots[here])),
+        length=take_node(old.length, new.length),
+        state=jax.tree.map(take_node, old.state, new.state),
     )

@@ -9,7 +9,6 @@ actions.
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,86 +17,43 @@ import jax.numpy as jnp
 from kvjax.base import loops
 from kvjax.config import SearchConfig
 from kvjax.mcts import tree as trees
-from kvjax.mcts.tree import Tree
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Node:
-    """One node of each row, as a model sees it.
-
-    Attributes:
-      tokens: pytree of [B, T, ...], the node's window out of the tables.
-      valid: [B, T] bool, which slots hold a token; they are the first ones.
-      length: [B] int32, tokens.
-      depth: [B] int32, edges below the root.
-      root: pytree of [B, ...], what the search was given of the roots.
-    """
-
-    tokens: Any
-    valid: jax.Array
-    length: jax.Array
-    depth: jax.Array
-    root: Any
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Transition:
-    """What a step from a node brings: reward [B], value [B], policy logits [B, A]."""
-
-    reward: jax.Array
-    value: jax.Array
-    policy: jax.Array
-
-
-@dataclasses.dataclass(frozen=True)
-class TreeModel:
-    """What a search needs of a model. Static.
-
-    Attributes:
-      block: K, tokens that a step adds.
-      size: T, tokens of the longest window that is stored.
-      step: `(params, node, action [B]) -> (tokens, Transition)`, a pure function; the tokens are
-        those of the new node, a pytree of [K, B, ...] like the tables.
-      carry: of a full window the newest block's last `carry` tokens are kept and no others; None:
-        it loses its oldest block.
-    """
-
-    block: int
-    size: int
-    step: Callable[[Any, Node, jax.Array], tuple[Any, Transition]]
-    carry: int | None = None
+from kvjax.mcts.protocol import Node, Root, Transition, TreeModel
+from kvjax.mcts.tree import Rules, Tree
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """Tokens of B trees and each node's window as indices into them."""
+    """Tokens of B trees, and each node's window as indices into them."""
 
     tables: Any  # pytree of [M, B, ...]
     slots: jax.Array  # [N, B, T] int32 indices along M
     length: jax.Array  # [N, B] int32
+    state: Any = None  # pytree of [N, B, ...]
 
 
-def empty_tokens(model: TreeModel, like: Any, rows: int, nodes: int) -> Tokens:
-    """Tables of zeros and nodes without a window.
+def empty_tokens(model: TreeModel, root: Root, nodes: int) -> Tokens:
+    """Tables of zeros and nodes without a window, for the tokens and states of such roots."""
+    rows, size = root.length.shape[0], model.size + model.block * (nodes - 1)
 
-    Args:
-      like: pytree of arrays [...], of one token.
-    """
-    size = model.size + model.block * (nodes - 1)
+    def tokens(x: jax.Array) -> jax.Array:
+        return jnp.zeros((size, rows, *x.shape[2:]), x.dtype)
+
+    def states(x: jax.Array) -> jax.Array:
+        return jnp.zeros((nodes, *x.shape), x.dtype)
+
     return Tokens(
-        tables=jax.tree.map(lambda x: jnp.zeros((size, rows, *x.shape), x.dtype), like),
+        tables=jax.tree.map(tokens, root.tokens),
         slots=jnp.zeros((nodes, rows, model.size), jnp.int32),
         length=jnp.zeros((nodes, rows), jnp.int32),
+        state=jax.tree.map(states, root.state),
     )
 
 
-def with_roots(empty: Tokens, tokens: Any, length: jax.Array) -> Tokens:
-    """Tables that hold the roots' windows: pytree of [B, T, ...], of lengths [B]."""
-    size = empty.slots.shape[-1]
-    valid = _slots(size) < length[:, None]
+def init_tokens(model: TreeModel, root: Root, nodes: int) -> Tokens:
+    """Tables that hold the roots."""
+    empty, size = empty_tokens(model, root, nodes), model.size
+    valid = _slots(size) < root.length[:, None]
 
     def put(table: jax.Array, part: jax.Array) -> jax.Array:
         mask = valid.reshape(*valid.shape, *[1] * (part.ndim - 2))
@@ -105,9 +61,10 @@ def with_roots(empty: Tokens, tokens: Any, length: jax.Array) -> Tokens:
         return table.at[:size].set(held.astype(table.dtype))
 
     return Tokens(
-        tables=jax.tree.map(put, empty.tables, tokens),
+        tables=jax.tree.map(put, empty.tables, root.tokens),
         slots=empty.slots.at[trees.ROOT].set(_slots(size)),
-        length=empty.length.at[trees.ROOT].set(length),
+        length=empty.length.at[trees.ROOT].set(root.length),
+        state=jax.tree.map(lambda x, of: x.at[trees.ROOT].set(of), empty.state, root.state),
     )
 
 
@@ -122,16 +79,18 @@ def _write(
     slots: jax.Array,
     length: jax.Array,
     new: Any,
+    state: Any,
     model: TreeModel,
 ) -> Tokens:
     """Adds node `simulation + 1`: its parent's `slots` [B, T] and `length` [B], and its own tokens.
 
-    Those are `new`, [K, B, ...].
+    Those are `new`, [K, B, ...]; its state is [B, ...].
     """
     size, block = model.size, model.block
-    first, full = size + block * simulation, (length == size)[:, None]
+    first, full = size + block * simulation, (length + block > size)[:, None]
     if model.carry is None:
-        start = jnp.where(full, size - block, length[:, None])
+        left = jnp.minimum(jnp.maximum(length - block, 0), size - block)
+        start = jnp.where(full, left[:, None], length[:, None])
         shifted = jnp.where(full, jnp.roll(slots, -block, axis=1), slots)
     else:
         start, shifted = jnp.where(full, model.carry - block, length[:, None]), slots
@@ -145,15 +104,18 @@ def _write(
         ),
         slots=update(tokens.slots, extended[None].astype(jnp.int32), node, 0),
         length=update(tokens.length, (start[:, 0] + block)[None], node, 0),
+        state=jax.tree.map(lambda table, x: update(table, x[None], node, 0), tokens.state, state),
     )
 
 
 def run(
     model: TreeModel,
     params: Any,
+    rng: jax.Array,
+    rules: Rules,
     tree: Tree,
     tokens: Tokens,
-    root: Any,
+    data: Any,
     discount: jax.Array,
     search: SearchConfig,
 ) -> tuple[Tree, Tokens]:
@@ -161,29 +123,56 @@ def run(
 
     Args:
       params: what the model's step is given.
-      root: pytree of [B, ...], what it is told of the roots.
+      data: pytree of [B, ...], what it is told of the roots.
       discount: [] of a step, in place of the search's.
     """
     rows = tokens.length.shape[1]
-    every_row = jnp.arange(rows, dtype=jnp.int32)
+    every_row = trees.every(rows)
 
     def simulate(simulation: jax.Array, state: Any) -> Any:
-        tree, tokens, path = state
-        path = trees.select(tree, search, path)
+        tree, tokens, path, rng = state
+        rng, walk_rng, step_rng = jax.random.split(rng, 3)  # as mctx does
+        path = trees.select(tree, rules, path, walk_rng)
         parent, action = path.leaf()
         slots, length = tokens.slots[parent, every_row], tokens.length[parent, every_row]
         held = jax.tree.map(lambda table: table[slots, every_row[:, None]], tokens.tables)
+        above = jax.tree.map(lambda table: table[parent, every_row], tokens.state)
         valid = _slots(model.size) < length[:, None]
-        node = Node(held, valid, length, path.depth - 1, root)
-        new, imagined = model.step(params, node, action)
-        tokens = _write(tokens, simulation, slots, length, new, model)
-        prior = trees.softmax(imagined.policy)
-        broken = jnp.isnan(prior[:, 0])
-        value = jnp.where(broken, prior[:, 0], imagined.value)  # so that the root's value tells
-        tree = trees.expand(tree, path, simulation + 1, imagined.reward, value, prior, discount)
-        return tree, tokens, path
+        node = Node(held, valid, length, above, path.depth - 1, data)
+        new, state, imagined = model.step(params, step_rng, node, action)
+        tokens = _write(tokens, simulation, slots, length, new, state, model)
+        prior, value = _judged(rules, imagined)
+        tree = trees.expand(
+            tree,
+            path,
+            simulation + 1,
+            imagined.reward,
+            value,
+            prior,
+            discount,
+            running_mean=rules.running_mean,
+            of_edge=imagined.discount,
+        )
+        return tree, tokens, path, rng
 
     first, last = search.kept_nodes, search.num_nodes - 1
-    start = tree, tokens, trees.nowhere(rows, search)
-    tree, tokens, _ = loops.fori_loop(first, last, simulate, start)
+    start = tree, tokens, trees.nowhere(rows, search, rules.fields), rng
+    tree, tokens, *_ = loops.fori_loop(first, last, simulate, start)
     return tree, tokens
+
+
+def _judged(rules: Rules, imagined: Transition) -> tuple[jax.Array, jax.Array]:
+    """Prior [B, A] and value [B] of new nodes.
+
+    The value is NaN, so that the root's value tells, where the policy is NaN, or where no action is
+    legal although the episode goes on.
+    """
+    prior = rules.prior(imagined.policy, imagined.legal)
+    broken, value = jnp.isnan(prior[:, 0]), imagined.value
+    value = jnp.where(broken, prior[:, 0], value)
+    if imagined.legal is None:
+        return prior, value
+    stuck = ~jnp.any(imagined.legal, axis=1)
+    if imagined.discount is not None:
+        stuck = stuck & (imagined.discount != 0)
+    return prior, jnp.where(stuck, jnp.nan, value)

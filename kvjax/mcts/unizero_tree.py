@@ -6,13 +6,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kvjax.config import WorldModelConfig
-from kvjax.mcts import tokens as own_tokens
-from kvjax.mcts.tokens import Node, Tokens, Transition, TreeModel
+from kvjax.base.values import require_count, require_type
+from kvjax.config import SearchConfig, WorldModelConfig
+from kvjax.mcts import policies, subtree
+from kvjax.mcts.protocol import Node, Root, Transition, TreeModel
+from kvjax.mcts.subtree import Kept
 from kvjax.model import modes, unizero
+from kvjax.model.contexts import Contexts
 from kvjax.model.unizero import UniZero
 from kvjax.ops import support
-from kvjax.ops.window import Window
 
 
 @functools.lru_cache
@@ -22,24 +24,54 @@ def tree_model(config: WorldModelConfig) -> TreeModel:
     return TreeModel(window.block, window.kept_length, step, config.mode.carry)
 
 
-def empty_tokens(config: WorldModelConfig, rows: int, nodes: int) -> Tokens:
-    """Tables of zeros and nodes without a window."""
-    one = jnp.zeros(config.latent_shape, modes.table_dtype(config))
-    like = (one,) * modes.num_tables(config)
-    return own_tokens.empty_tokens(tree_model(config), like, rows, nodes)
+def root(
+    model: UniZero,
+    contexts: Contexts,
+    policy: jax.Array,
+    value: jax.Array,
+    legal: jax.Array,
+    config: WorldModelConfig,
+) -> Root:
+    """Contexts as a search sees them.
+
+    Args:
+      policy: [B, A] logits, and `value` [B], of their last observations.
+      legal: [B, A] bool.
+    """
+    window = contexts.window
+    dtype = modes.table_dtype(config)
+    held = tuple(part.astype(dtype) for part in modes.held(model, window, config))
+    return Root(held, window.length, policy, value, data=contexts.timestep, legal=legal)
 
 
-def init_tokens(model: UniZero, window: Window, config: WorldModelConfig, nodes: int) -> Tokens:
-    """Tables that hold the roots' windows: `window.kv` [B, C, L, 2, H, D]."""
-    held = tuple(modes.held(model, window, config))
-    empty = empty_tokens(config, window.length.shape[0], nodes)
-    return own_tokens.with_roots(empty, held, window.length)
+def init_kept(config: WorldModelConfig, num_envs: int, search: SearchConfig) -> Kept:
+    """Empty trees to begin with, where a loop needs something to carry.
+
+    Returns:
+      `Kept` with edges [N, B, F, A], tables [M, B, E] and windows [N, B, T].
+
+    Raises:
+      TypeError: an argument of another type.
+      ValueError: the search has no `kept_nodes`, or `num_envs` is not a positive integer.
+    """
+    require_type("config", config, WorldModelConfig, "kvjax.WorldModelConfig")
+    require_type("search", search, SearchConfig, "kvjax.SearchConfig")
+    num_envs = require_count("num_envs", num_envs)
+    subtree.require_kept_nodes(search)
+    shape: Any = jax.ShapeDtypeStruct
+    window = (num_envs, config.window.kept_length, *config.latent_shape)
+    tokens = (shape(window, modes.table_dtype(config)),) * modes.num_tables(config)
+    length = shape((num_envs,), jnp.int32)
+    empty = Root(tokens, length, shape((num_envs, config.num_actions), jnp.float32), length)
+    fields = policies.num_fields(search, discounted=False, raw=False)
+    return subtree.begin(tree_model(config), empty, search, fields)
 
 
 def _step(
-    model: UniZero, node: Node, action: jax.Array, *, config: WorldModelConfig
-) -> tuple[Any, Transition]:
+    model: UniZero, rng: jax.Array, node: Node, action: jax.Array, *, config: WorldModelConfig
+) -> tuple[Any, None, Transition]:
     """Imagines a step: the action's token, the latent that it brings, and that one's token."""
+    del rng
     read = [part.astype(model.dtype) for part in node.tokens]
     cached, length = modes.as_read(model, read, config), node.length
     at_action, at_observation = modes.rotations(node.root, node.depth + 1, config)
@@ -54,4 +86,5 @@ def _step(
     policy, value = unizero.at_observation(model, x)
     held = modes.block_held(model, (acted, observed), (first, second), length, config)
     reward, value = (support.to_scalar(x, config.support, axis=0) for x in (reward, value))
-    return tuple(held), Transition(reward, value, policy.T)
+    tokens = tuple(part.astype(modes.table_dtype(config)) for part in held)
+    return tokens, None, Transition(reward, value, policy.T)

@@ -14,7 +14,7 @@ from conftest import SMALL, random_params
 from kvjax import init_contexts
 from kvjax.config import SearchConfig
 from kvjax.mcts import search
-from kvjax.mcts.mctx_search import _normalise_over_tree
+from kvjax.mcts.mctx_rules import _normalise_over_tree
 from kvjax.mcts.policies import choose as _choose
 from kvjax.mcts.search import _search
 from kvjax.model.step import FIRST_STEP
@@ -224,11 +224,15 @@ def test_normalisation_over_the_tree():
         node_values=jnp.asarray([4.0, 3.0, -1.0, 0.0]),
     )
     # Edges: 1 + 0.5 * 3 = 2.5 and 0.5 - 0.5 = 0; with the root's 4.0 the extremes are 0 and 4.
-    root = _normalise_over_tree(tree, jnp.int32(0))
+
+    def normalised(node):
+        return _normalise_over_tree(tree.replace(embeddings=(0.0, 4.0, node == 0)), jnp.int32(node))
+
+    root = normalised(0)
     np.testing.assert_allclose(root, [0.625, 0.625])  # untried: its sibling's mean
-    inner = _normalise_over_tree(tree, jnp.int32(1))
+    inner = normalised(1)
     np.testing.assert_allclose(inner, [(3.0 + 0.0) / 2 / 4.0, 0.0])
-    leaf = _normalise_over_tree(tree, jnp.int32(2))
+    leaf = normalised(2)
     np.testing.assert_allclose(leaf, [0.0, 0.0])
 
 

@@ -14,7 +14,7 @@ from conftest import SMALL, random_params
 from kvjax import init_contexts
 from kvjax.config import MAX_SIMULATIONS, EnvironmentConfig, SearchConfig
 from kvjax.mcts import search
-from kvjax.mcts.mctx_search import _normalise_over_tree
+from kvjax.mcts.mctx_rules import _normalise_over_tree
 from kvjax.model import unizero
 from kvjax.model.checkpoint import Checkpoint
 from kvjax.ops import window as windows
@@ -127,6 +127,7 @@ def test_close_q_values_of_mctx_are_not_blown_up():
         children_values=jnp.zeros((2, 2)),
         children_discounts=jnp.ones((2, 2)),
         node_values=jnp.asarray([0.5, 0.0]),
+        embeddings=(0.5, 0.501, True),
     )
     np.testing.assert_allclose(_normalise_over_tree(tree, jnp.int32(0)), [0.1, 0.0], atol=1e-4)
 

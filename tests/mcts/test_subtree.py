@@ -146,8 +146,7 @@ def test_trees_of_another_moment_are_dropped():
         ({"kept_nodes": -1}, "kept_nodes must be an integer, at least 0, got -1"),
         ({"kept_nodes": True}, "kept_nodes must be an integer, at least 0, got True"),
         ({"kept_nodes": 2**24 - 25}, "kept_nodes must be at most 16777190 beside 25 simulations"),
-        ({"kept_nodes": 5, "tree": "gumbel"}, 'needs tree "lightzero", got 5 with tree "gumbel"'),
-        ({"kept_nodes": 5, "tree": "muzero"}, 'needs tree "lightzero", got 5 with tree "muzero"'),
+        ({"kept_nodes": 5, "tree": "gumbel"}, 'must be 0 with tree "gumbel", got 5'),
     ],
 )
 def test_bad_configurations(options, message):

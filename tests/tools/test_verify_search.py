@@ -7,7 +7,7 @@ import pytest
 from test_verify import rewritten, set_config
 
 from kvjax.lightzero.traces import npz, search_trace
-from kvjax.mcts import tree
+from kvjax.mcts import puct
 from kvjax.tools import cli
 from kvjax.tools.parity import near_ties, reference_tree, verify
 from kvjax.tools.parity import verify_trees as verify_search
@@ -106,7 +106,7 @@ def test_a_changed_root_value_is_reported(data, tmp_path):
 
 def test_a_wrong_rule_is_reported(data, tmp_path, monkeypatch):
     path = few_trees(data, tmp_path / "t.npz", count=8)
-    monkeypatch.setattr(tree, "_MIN_RANGE", 1e9)
+    monkeypatch.setattr(puct, "_MIN_RANGE", 1e9)
     monkeypatch.setattr(verify_search, "_grow", verify_search._grow.__wrapped__)  # not compiled yet
     report = verify_trees(path)
     assert report.found["identical_visits"] < 6

@@ -17,6 +17,7 @@ import numpy as np
 from kvjax.config import SearchConfig
 from kvjax.lightzero.traces import npz
 from kvjax.lightzero.traces.search_trace import NOISE_FRACTION, RecordedTree, read_trees
+from kvjax.mcts import puct
 from kvjax.mcts import tree as trees
 from kvjax.tools.parity import reference_tree
 from kvjax.tools.parity.report import Report, compare, differences
@@ -132,12 +133,12 @@ def _padded(table: Array, config: SearchConfig) -> Array:
 def _priors(batch: Sequence[RecordedTree]) -> jax.Array:
     """Priors [B, A] of the roots, their recorded noise mixed in."""
     legal = jnp.asarray(np.stack([tree.legal for tree in batch]))
-    prior = trees.softmax(jnp.asarray(np.stack([tree.root_logits for tree in batch])), legal)
+    prior = puct.softmax(jnp.asarray(np.stack([tree.root_logits for tree in batch])), legal)
     none = np.zeros(legal.shape[1], np.float32)
     noise = np.stack([none if tree.noise is None else tree.noise for tree in batch])
     noisy = np.array([tree.noise is not None for tree in batch])[:, None]
     mixed = prior * (1 - NOISE_FRACTION) + NOISE_FRACTION * noise.astype(np.float32)
-    return jnp.where(legal, jnp.where(noisy, mixed, prior), trees.ILLEGAL)
+    return jnp.where(legal, jnp.where(noisy, mixed, prior), puct.ILLEGAL)
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -149,13 +150,14 @@ def _grow(
     Returns:
       Visits [N - 1, B, A] and root values [N - 1, B] after each simulation.
     """
+    rules, nothing = puct.Rules(config), jax.random.key(0)  # these rules draw nothing
 
     def simulate(grown: trees.Tree, simulation: jax.Array) -> tuple[trees.Tree, Any]:
-        path = trees.select(grown, config)
+        path = trees.select(grown, rules, trees.nowhere(prior.shape[0], config), nothing)
         edge = (jnp.arange(prior.shape[0]), *path.leaf())
         reward, value, logits = (table[name][edge] for name in ("reward", "value", "logits"))
         node = simulation + 1
-        below = trees.softmax(logits)
+        below = puct.softmax(logits)
         grown = trees.expand(grown, path, node, reward, value, below, discount)
         return grown, (trees.visit_counts(grown), trees.root_value(grown))
 

@@ -1,0 +1,96 @@
+"""A whole searched tree, for those who want to look at it.
+
+Shapes: B rows, N nodes, A actions, K tokens of a step, T slots of a stored window, M tokens.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kvjax.config import SearchConfig
+from kvjax.mcts.tokens import Tokens
+from kvjax.mcts.tree import CHILD, PRIOR, RAW, REWARD, ROOT, VISITS, Q, Tree
+
+NO_NODE = -1
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SearchTree:
+    """The trees of a search. Node 0 is the root; a node is made by one simulation, or by none.
+
+    Attributes:
+      parent: [B, N] int32, -1 of a root and where there is no node.
+      action: [B, N] int32 that leads from the parent to the node, -1 likewise.
+      depth: [B, N] int32, edges below the root.
+      visits: [B, N] int32, of the edge to the node.
+      reward: [B, N], of that edge.
+      value: [B, N], the network's of the node.
+      prior: [B, N, A], the policy over the node's actions; of a root with its noise.
+      q_values: [B, N, A].
+      length: [B, N] int32, tokens of the node's window.
+      state: pytree of [B, N, ...].
+      tables: pytree of [M, B, ...], the tokens of all nodes.
+      slots: [B, N, T] int32, each node's window as indices into the tables.
+    """
+
+    parent: jax.Array
+    action: jax.Array
+    depth: jax.Array
+    visits: jax.Array
+    reward: jax.Array
+    value: jax.Array
+    prior: jax.Array
+    q_values: jax.Array
+    length: jax.Array
+    state: Any
+    tables: Any
+    slots: jax.Array
+
+    @property
+    def tokens(self) -> Any:
+        """Each node's whole window: a pytree of [B, N, T, ...], gathered when it is asked for."""
+        rows = jnp.arange(self.slots.shape[0], dtype=jnp.int32)[:, None, None]
+        return jax.tree.map(lambda table: table[self.slots, rows], self.tables)
+
+
+def of(tree: Tree, tokens: Tokens, network_value: jax.Array, search: SearchConfig) -> SearchTree:
+    """The trees of a search that kept each node's raw value.
+
+    Args:
+      network_value: [B], of the roots.
+    """
+    edges = jnp.moveaxis(tree.edges, 1, 0)  # [B, N, F, A]
+    rows, nodes, _, actions = edges.shape
+    child = edges[:, :, CHILD].astype(jnp.int32).reshape(rows, -1)
+    to = jnp.where(child < 0, nodes, child)
+    every_row = jnp.arange(rows, dtype=jnp.int32)[:, None]
+
+    def by_child(values: Any, nothing: Any) -> jax.Array:
+        filled = jnp.full((rows, nodes), nothing, values.dtype)
+        return filled.at[every_row, to].set(values.reshape(rows, -1), mode="drop")
+
+    place = jnp.arange(nodes * actions, dtype=jnp.int32)
+    parent = by_child(jnp.broadcast_to(place // actions, child.shape), NO_NODE)
+    depth, above = (parent >= 0).astype(jnp.int32), jnp.maximum(parent, ROOT)
+    for _ in range(nodes.bit_length()):  # doubles the distance, and stops at the root
+        depth = depth + jnp.take_along_axis(depth, above, axis=1)
+        above = jnp.take_along_axis(above, above, axis=1)
+    prior = edges[:, :, PRIOR]
+    prior = jnp.maximum(prior, 0.0) if search.tree == "lightzero" else jax.nn.softmax(prior)
+    return SearchTree(
+        parent=parent,
+        action=by_child(jnp.broadcast_to(place % actions, child.shape), NO_NODE),
+        depth=depth,
+        visits=by_child(edges[:, :, VISITS].astype(jnp.int32), 0),
+        reward=by_child(edges[:, :, REWARD], 0.0),
+        value=by_child(edges[:, :, RAW], 0.0).at[:, ROOT].set(network_value),
+        prior=prior,
+        q_values=edges[:, :, Q],
+        length=tokens.length.T,
+        state=jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), tokens.state),
+        tables=tokens.tables,
+        slots=jnp.moveaxis(tokens.slots, 0, 1),
+    )
