@@ -25,9 +25,11 @@ class Node:
     """One node of each row, as a model sees it.
 
     Attributes:
-      tokens: pytree of [B, T, ...], the node's window out of the tables.
-      valid: [B, T] bool, which slots hold a token; they are the first ones.
-      length: [B] int32, tokens.
+      tokens: pytree of [B, T, ...], the node's window out of the tables; with `TreeModel.in_place`
+        [B, P, ...], that part of it that was added below the root.
+      valid: [B, T] or [B, P] bool, which of these slots hold a token; they are the first ones.
+      length: [B] int32, tokens of the whole window.
+      at_root: [B] int32, how many of them are the root's: the last ones that the root has.
       state: pytree of [B, ...], what the step that made the node returned beside its tokens.
       depth: [B] int32, edges below the root.
       root: pytree of [B, ...], the `data` of the roots.
@@ -36,6 +38,7 @@ class Node:
     tokens: Any
     valid: jax.Array
     length: jax.Array
+    at_root: jax.Array
     state: Any
     depth: jax.Array
     root: Any
@@ -52,7 +55,8 @@ class Transition:
       policy: [B, A], logits of the new node.
       discount: [B], what the new node's value counts for its parent: 0 behind the end of an
         episode, -1 where the other player is to move; None: the search's.
-      legal: [B, A] bool, of the new node; None: all actions.
+      legal: [B, A] bool, of the new node; None: all actions. No other is ever tried, which mctx
+        with lowest logits does not promise: its "muzero" may try one whose Q value is guessed high.
     """
 
     reward: jax.Array
@@ -78,6 +82,9 @@ class TreeModel:
         rows, with a key of its own.
       carry: of a window that has no room for a block, the new block's last `carry` tokens are kept
         and no others; None: it loses its oldest K tokens.
+      in_place: a node is handed the tokens that were added below its root and no others. The model
+        reads the root's own where they lie, in the root's data, and how many of them are left in
+        `Node.at_root`. For long windows, which are then not copied in every simulation.
 
     Raises:
       ValueError: a size is no positive integer, or carry is no part of a block.
@@ -87,6 +94,7 @@ class TreeModel:
     size: int
     step: Step
     carry: int | None = None
+    in_place: bool = False
 
     def __post_init__(self) -> None:
         require_positive(self, "block", "size")
@@ -209,7 +217,7 @@ def checked(model: TreeModel, params: Any, rng: jax.Array, root: Root) -> tuple[
     step = _in_words(model.step)
     rows = jnp.asarray(root.length, jnp.int32)
     valid = jnp.zeros((rows.shape[0], model.size), bool)
-    node = Node(root.tokens, valid, rows, root.state, rows, root.data)
+    node = Node(root.tokens, valid, rows, rows, root.state, rows, root.data)
     tokens, state, came = jax.eval_shape(step, params, rng, node, rows)
 
     def one_block(leaf: Any) -> jax.ShapeDtypeStruct:

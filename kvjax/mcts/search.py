@@ -195,13 +195,12 @@ def _validate(
         raise ValueError(f"every row needs a legal action, rows {rows} have none")
 
 
-def _is_narrow(config: WorldModelConfig, **_: Any) -> bool:
+def is_narrow(config: WorldModelConfig, **_: Any) -> bool:
+    """Whether loops are faster in one thread."""
     return config.embed_dim <= _NARROW
 
 
-@functools.partial(
-    jit_small_operations, one_thread=_is_narrow, static_argnames=("config", "search")
-)
+@functools.partial(jit_small_operations, one_thread=is_narrow, static_argnames=("config", "search"))
 def _search(
     params: Params | UniZero,
     rng: jax.Array,

@@ -147,9 +147,10 @@ def promote(
         (last_action >= 0)
         & (child != int(UNVISITED))
         & (past.timestep == kept.timestep + 1)
-        & (tokens.length[ROOT] == kept.tokens.length[child, every_row])
         & jnp.isfinite(old.low + old.high)
     )
+    if jax.tree.leaves(tokens.tables):
+        goes_on &= tokens.length[ROOT] == kept.tokens.length[child, every_row]
     lost = jnp.where(legal[:, None], 0.0, old.edges[child, every_row])  # [B, F, A]
     edges = old.edges.at[child, every_row].set(_without(old.edges[child, every_row], legal))
     nodes = jax.vmap(_renumber, in_axes=(1, 0, 0, None), out_axes=1)(

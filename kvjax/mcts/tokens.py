@@ -9,6 +9,7 @@ actions.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -135,11 +136,14 @@ def run(
         path = trees.select(tree, rules, path, walk_rng)
         parent, action = path.leaf()
         slots, length = tokens.slots[parent, every_row], tokens.length[parent, every_row]
-        held = jax.tree.map(lambda table: table[slots, every_row[:, None]], tokens.tables)
         above = jax.tree.map(lambda table: table[parent, every_row], tokens.state)
-        valid = _slots(model.size) < length[:, None]
-        node = Node(held, valid, length, above, path.depth - 1, data)
-        new, state, imagined = model.step(params, step_rng, node, action)
+
+        def step(count: int | None) -> Any:
+            read, valid, at_root = _read(tokens.tables, slots, length, count)
+            node = Node(read, valid, length, at_root, above, path.depth - 1, data)
+            return model.step(params, step_rng, node, action)
+
+        new, state, imagined = _shortest(step, model, slots, length, search)
         tokens = _write(tokens, simulation, slots, length, new, state, model)
         prior, value = _judged(rules, imagined)
         tree = trees.expand(
@@ -159,6 +163,49 @@ def run(
     start = tree, tokens, trees.nowhere(rows, search, rules.fields), rng
     tree, tokens, *_ = loops.fori_loop(first, last, simulate, start)
     return tree, tokens
+
+
+def _read(
+    tables: Any, slots: jax.Array, length: jax.Array, count: int | None
+) -> tuple[Any, jax.Array, jax.Array]:
+    """Tokens of windows [B, T], which of these slots hold one, and how many are the root's [B].
+
+    Args:
+      count: of how many slots to read that part that was added below the root, from its beginning;
+        None: the whole window.
+    """
+    size, rows = slots.shape[1], trees.every(slots.shape[0])
+    at_root = jnp.sum((_slots(size) < length[:, None]) & (slots < size), axis=1, dtype=jnp.int32)
+    first = jnp.zeros_like(length) if count is None else at_root
+    place = first[:, None] + _slots(size if count is None else count)
+    if count is not None:
+        slots = jnp.take_along_axis(slots, jnp.minimum(place, size - 1), axis=1)
+    held = jax.tree.map(lambda table: table[slots, rows[:, None]], tables)
+    return held, place < length[:, None], at_root
+
+
+_SHORT = 16
+"""Steps below the root up to which a window that is read in place is read by a smaller program."""
+
+
+def _shortest(
+    step: Callable[[int | None], Any],
+    model: TreeModel,
+    slots: jax.Array,
+    length: jax.Array,
+    search: SearchConfig,
+) -> Any:
+    """A model's step with as few of its windows' slots as all rows can do with."""
+    if not model.in_place:
+        return step(None)
+    size, block = model.size, model.block
+    deepest = search.num_nodes - 1 if search.max_depth is None else search.max_depth
+    most = min(size, block * max(deepest - 1, 1))
+    short = min(block * _SHORT, most)
+    if short == most:
+        return step(most)
+    below = jnp.sum((_slots(size) < length[:, None]) & (slots >= size), axis=1)
+    return loops.cond(jnp.max(below) <= short, lambda: step(short), lambda: step(most))
 
 
 def _judged(rules: Rules, imagined: Transition) -> tuple[jax.Array, jax.Array]:

@@ -11,17 +11,25 @@ from kvjax.config import SearchConfig, WorldModelConfig
 from kvjax.mcts import policies, subtree
 from kvjax.mcts.protocol import Node, Root, Transition, TreeModel
 from kvjax.mcts.subtree import Kept
-from kvjax.model import modes, unizero
+from kvjax.model import modes, root_window, unizero
 from kvjax.model.contexts import Contexts
 from kvjax.model.unizero import UniZero
 from kvjax.ops import support
+
+_LONG = 128
+"""Context length in tokens from which a copy of a window takes longer than what saves it."""
 
 
 @functools.lru_cache
 def tree_model(config: WorldModelConfig) -> TreeModel:
     """The one of a configuration; of the roots it is told their timesteps [B]."""
     window, step = config.window, functools.partial(_step, config=config)
-    return TreeModel(window.block, window.kept_length, step, config.mode.carry)
+    return TreeModel(window.block, window.kept_length, step, config.mode.carry, in_place(config))
+
+
+def in_place(config: WorldModelConfig) -> bool:
+    """Whether windows are long enough to be read where they lie, and read as they are."""
+    return config.context_length >= _LONG and not config.mode.keeps_raw
 
 
 def root(
@@ -41,7 +49,13 @@ def root(
     window = contexts.window
     dtype = modes.table_dtype(config)
     held = tuple(part.astype(dtype) for part in modes.held(model, window, config))
-    return Root(held, window.length, policy, value, data=contexts.timestep, legal=legal)
+    arranged = None
+    if in_place(config):
+        parts = tuple(part.astype(model.dtype) for part in held)
+        positions = model.projected
+        arranged = root_window.arrange(parts, window.length, positions, config.num_heads)
+    data = contexts.timestep, arranged
+    return Root(held, window.length, policy, value, data=data, legal=legal)
 
 
 def init_kept(config: WorldModelConfig, num_envs: int, search: SearchConfig) -> Kept:
@@ -73,9 +87,13 @@ def _step(
     """Imagines a step: the action's token, the latent that it brings, and that one's token."""
     del rng
     read = [part.astype(model.dtype) for part in node.tokens]
-    cached, length = modes.as_read(model, read, config), node.length
-    at_action, at_observation = modes.rotations(node.root, node.depth + 1, config)
-    token_step = functools.partial(unizero.token_step, model, config=config)
+    timestep, arranged = node.root
+    view = None
+    if arranged is not None:
+        view = root_window.View(arranged, node.at_root)
+    cached, length = modes.as_read(model, read, config, node.at_root if view else None), node.length
+    at_action, at_observation = modes.rotations(timestep, node.depth + 1, config)
+    token_step = functools.partial(unizero.token_step, model, config=config, at_root=view)
     acted = unizero.embed_action(model, action)
     x = unizero.place(model, acted, length)
     x, first = token_step(x, cached, node.valid, (), at_action)

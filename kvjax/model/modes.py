@@ -134,13 +134,27 @@ def held(model: UniZero, window: Window, config: WorldModelConfig) -> list[jax.A
     return _parts(kv if model.projected is None else kv - model.projected[None, :kept])
 
 
-def as_read(model: UniZero, tokens: list[jax.Array], config: WorldModelConfig) -> Cached:
-    """Keys and values of windows out of the tables, [B, T, E] each, as the model reads them."""
+def as_read(
+    model: UniZero,
+    tokens: list[jax.Array],
+    config: WorldModelConfig,
+    first: jax.Array | None = None,
+) -> Cached:
+    """Keys and values of windows out of the tables, [B, T, E] each, as the model reads them.
+
+    Args:
+      first: [B] int32, slot of each row's first token; None: 0.
+    """
     if config.mode.keeps_raw:
         return unizero.sequence(model, jnp.moveaxis(tokens[0], -1, 0), config=config)
     if model.projected is not None:
-        added = _parts(model.projected[: tokens[0].shape[1]])
-        tokens = [part + at[None] for part, at in zip(tokens, added, strict=True)]
+        size = tokens[0].shape[1]
+        if first is None:
+            added = _parts(model.projected[None, :size])
+        else:
+            slots = first[:, None] + jnp.arange(size, dtype=jnp.int32)[None]
+            added = _parts(model.projected[jnp.minimum(slots, len(model.projected) - 1)])
+        tokens = [part + at for part, at in zip(tokens, added, strict=True)]
     return tuple(zip(tokens[0::2], tokens[1::2], strict=True))
 
 

@@ -1,8 +1,8 @@
 """`kvjax bench search`: one whole search, beside three others of the same model.
 
-They are mctx with a window per node, the floor (`floor.py`) and LightZero 0.2.0 where it is
-installed. All search the same random weights, step after step of an episode, so that windows are
-as full as in play.
+They are mctx with a window per node ("muzero" is the search with the same policy and own tokens),
+the floor (`floor.py`) and LightZero 0.2.0 where it is installed. All search the same random
+weights, step after step of an episode, so that windows are as full as in play.
 
 `growth` is about this search alone: what a simulation costs in a small and in a large tree.
 """
@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from kvjax import lightzero
-from kvjax.config import BLOCK, Tree, WorldModelConfig
+from kvjax.config import BLOCK, SearchConfig, WorldModelConfig
 from kvjax.model import world_model
 from kvjax.model.world_model import Params
 from kvjax.tools.bench import floor, lightzero_020, timing
@@ -31,7 +31,6 @@ from kvjax.tools.bench.searches import (
 
 _WARMUP = 2  # rounds that compile
 _GROWTH = "growth"
-_TREES: dict[str, Tree] = {"kvjax": "lightzero", "mctx": "muzero"}
 
 CASES = (
     Case(embed=64, context=8, envs=8, simulations=50, repeats=15),
@@ -82,7 +81,7 @@ def growth() -> list[Row]:
 
     def search_of(index: int) -> Callable[[], None]:
         case, exploration = GROWTH[index]
-        one = Search(case, config, params, pb_c_init=exploration)
+        one = Search(case, config, params, SearchConfig(case.simulations, pb_c_init=exploration))
 
         def step() -> None:
             one.step()
@@ -105,8 +104,13 @@ def growth() -> list[Row]:
 def _row(case: Case, progress: Progress) -> Row:
     model = lightzero_model(case) if lightzero_020.available() else None
     config, params = _model(case, model)
-    searches = {name: Search(case, config, params, tree) for name, tree in _TREES.items()}
-    kvjax, mctx = searches.values()
+    same_policy = SearchConfig(case.simulations, "muzero", q_transform="siblings")
+    searches = {
+        "kvjax": Search(case, config, params),
+        "muzero": Search(case, config, params, same_policy),
+        "mctx": Search(case, config, params, same_policy, by_mctx=True),
+    }
+    kvjax, muzero, mctx = searches.values()
     candidates: dict[str, Callable[[], Any]] = {k: one.step for k, one in searches.items()}
     products = floor.make(kvjax.prepared, rows=case.envs, simulations=case.simulations)
     candidates["floor"] = products
@@ -118,11 +122,12 @@ def _row(case: Case, progress: Progress) -> Row:
     ours = medians["kvjax"]
     row = case.sizes() | {f"{name}_ms": medians[name] for name in candidates}
     row["floor_ratio"] = ours / medians["floor"]
-    row["mctx_ratio"] = medians["mctx"] / ours
+    row["mctx_ratio"] = medians["mctx"] / medians["muzero"]
     if model is not None:
         row["lightzero_ratio"] = medians["lightzero"] / ours
     row["mean_depth"] = kvjax.mean_depth
     row["tree_mib"] = kvjax.temporary_mib()
+    row["muzero_tree_mib"] = muzero.temporary_mib()
     row["mctx_tree_mib"] = mctx.temporary_mib()
     return row
 

@@ -10,13 +10,13 @@ from typing import Any, ClassVar, TypeVar
 import jax
 import numpy as np
 
-from kvjax.config import BLOCK, SearchConfig, Tree, WorldModelConfig
+from kvjax.config import BLOCK, SearchConfig, WorldModelConfig
 from kvjax.mcts.search import compiled, search
-from kvjax.model.contexts import init_contexts
+from kvjax.model.contexts import Contexts, init_contexts
 from kvjax.model.step import FIRST_STEP
 from kvjax.model.unizero import prepare
 from kvjax.model.world_model import Params
-from kvjax.tools.bench import lightzero_020, rows
+from kvjax.tools.bench import lightzero_020, mctx_windows, rows
 
 OBSERVATION_SIZE = 4
 NUM_ACTIONS = 6
@@ -87,25 +87,27 @@ def _observations(case: Case) -> Any:
 
 
 class Search:
-    """One step of an episode by `kvjax.search` per call of `step`."""
+    """One step of an episode by `kvjax.search` per call of `step`, or by mctx with windows."""
 
     def __init__(
         self,
         case: Case,
         config: WorldModelConfig,
         params: Params,
-        tree: Tree = "lightzero",
-        pb_c_init: float = SearchConfig.pb_c_init,
+        how: SearchConfig | None = None,
+        *,
+        by_mctx: bool = False,
     ) -> None:
         self.prepared = prepare(params, config=config)
         self.mean_depth = 0.0  # of the last search, mean over rows
+        self._by_mctx = by_mctx
         self._config, self._observation = config, _observations(case)
         self.contexts = init_contexts(config, case.envs)
         self._action: Any = np.full(case.envs, FIRST_STEP)
         self._search = SearchConfig(num_simulations=1)
         for _ in range(case.blocks):
-            self.step()
-        self._search = SearchConfig(case.simulations, tree, pb_c_init=pb_c_init)
+            self._act(*self._run(search))
+        self._search = how or SearchConfig(case.simulations)
 
     def _run(self, function: Callable[..., T]) -> T:
         arrays = jax.random.key(0), self.contexts, self._observation, self._action
@@ -113,13 +115,17 @@ class Search:
 
     def step(self) -> None:
         """Searches and acts."""
-        self.contexts, out = self._run(search)
-        self._action = np.asarray(out.action)
-        self.mean_depth = float(np.mean(out.mean_depth))
+        self._act(*self._run(mctx_windows.search if self._by_mctx else search))
+
+    def _act(self, contexts: Contexts, out: Any) -> None:
+        self.contexts, self._action = contexts, np.asarray(out.action)
+        if not self._by_mctx:
+            self.mean_depth = float(np.mean(out.mean_depth))
 
     def temporary_mib(self) -> float:
         """What the compiled search holds beside its arguments and results."""
-        memory: Any = self._run(compiled).memory_analysis()
+        program = mctx_windows.compiled if self._by_mctx else compiled
+        memory: Any = self._run(program).memory_analysis()
         return float(memory.temp_size_in_bytes) / _MIB
 
 

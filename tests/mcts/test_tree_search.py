@@ -1,0 +1,490 @@
+"""A search for any cached model: against mctx, against plain Python, and what it refuses."""
+
+import dataclasses
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import mctx
+import numpy as np
+import pytest
+from conftest import SMALL, random_params, with_mode
+
+from kvjax import (
+    Node,
+    Root,
+    SearchConfig,
+    Transition,
+    TreeModel,
+    init_contexts,
+    prepare,
+    search,
+    tree_search,
+)
+from kvjax.mcts import unizero_tree
+from kvjax.mcts.tree_search import _tree_search
+from kvjax.tools.bench import mctx_windows
+
+ACTIONS, STATES, ROWS = 5, 997, 100
+RNG = np.random.default_rng(0)
+PLAY = {
+    "policy": RNG.normal(size=(STATES, ACTIONS)).astype(np.float32),
+    "value": RNG.normal(size=STATES).astype(np.float32),
+    "reward": RNG.normal(size=STATES).astype(np.float32),
+    "discount": RNG.choice(np.float32([0.9, -1.0, 0.0]), p=[0.5, 0.4, 0.1], size=STATES),
+    "legal": (RNG.random((STATES, ACTIONS)) < 0.6) | (np.arange(ACTIONS) == 0),
+}
+"""A game as tables, so that everybody computes with the same bits."""
+
+
+def after(state, action):
+    return (state * 31 + action * 17 + 5) % STATES
+
+
+def table_step(play, rng, node, action, *, masked):
+    state = after(node.state, action)
+    parts = (play[name][state] for name in ("reward", "value", "policy", "discount"))
+    return (), state, Transition(*parts, play["legal"][state] if masked else None)
+
+
+def recurrent_fn(play, rng, action, state, *, masked):
+    state = after(state, action)
+    policy = play["policy"][state]
+    if masked:
+        policy = jnp.where(play["legal"][state], policy, jnp.finfo(jnp.float32).min)
+    reward, discount, value = (play[name][state] for name in ("reward", "discount", "value"))
+    output = mctx.RecurrentFnOutput(
+        reward=reward, discount=discount, prior_logits=policy, value=value
+    )
+    return output, state
+
+
+TABLES = {
+    masked: TreeModel(1, 1, functools.partial(table_step, masked=masked))
+    for masked in (False, True)
+}
+TRANSFORMS = {
+    "siblings": mctx.qtransform_by_parent_and_siblings,
+    "mix_value": mctx.qtransform_completed_by_mix_value,
+}
+POLICIES = {"muzero": mctx.muzero_policy, "gumbel": mctx.gumbel_muzero_policy}
+
+
+@functools.partial(jax.jit, static_argnames=("masked", "by"))
+def by_mctx(play, rng, root, legal, *, masked, by):
+    """What mctx answers to the same roots."""
+    options = {"qtransform": TRANSFORMS[by.q_transform], "max_depth": by.max_depth}
+    if by.tree == "muzero":
+        options |= {"dirichlet_fraction": by.noise_fraction, "temperature": by.temperature}
+    else:
+        options |= {"gumbel_scale": float(by.noise_fraction > 0)}
+    return POLICIES[by.tree](
+        play,
+        rng,
+        mctx.RootFnOutput(prior_logits=root.policy, value=root.value, embedding=root.state),
+        functools.partial(recurrent_fn, masked=masked),
+        by.num_simulations,
+        invalid_actions=None if legal is None else ~legal,
+        **options,
+    )
+
+
+def roots(seed, rows=ROWS):
+    state = np.random.default_rng(seed).integers(STATES, size=rows).astype(np.int32)
+    length = np.zeros(rows, np.int32)
+    return Root((), length, PLAY["policy"][state], PLAY["value"][state], state=state)
+
+
+@pytest.mark.parametrize("tree", ["muzero", "gumbel"])
+@pytest.mark.parametrize(
+    ("transform", "legal", "masked", "max_depth", "noise", "temperature"),
+    [
+        ("siblings", False, False, None, 0.25, 1.0),
+        ("mix_value", True, False, 4, 0.25, 0.5),
+        ("siblings", True, True, None, 0.0, 0.0),
+    ],
+)
+def test_the_trees_of_mctx(tree, transform, legal, masked, max_depth, noise, temperature):
+    """Three hundred trees of each policy: actions, visits, weights, and who is whose parent."""
+    by = SearchConfig(
+        num_simulations=40,
+        tree=tree,
+        q_transform=transform,
+        max_depth=max_depth,
+        noise_fraction=noise,
+        temperature=temperature if tree == "muzero" else 0.0,
+    )
+    rng, root = jax.random.key(7), roots(max_depth or 0)
+    mask = PLAY["legal"][root.state] if legal else None
+    given = dataclasses.replace(root, legal=mask)
+    out = tree_search(PLAY, rng, given, TABLES[masked], search=by, return_tree=True)
+    wanted = by_mctx(PLAY, rng, root, mask, masked=masked, by=by)
+    summary = wanted.search_tree.summary()
+    np.testing.assert_array_equal(out.visit_counts, summary.visit_counts)
+    np.testing.assert_array_equal(out.action, wanted.action)
+    np.testing.assert_allclose(out.action_weights, wanted.action_weights, atol=1e-6)
+    np.testing.assert_allclose(out.root_value, summary.value, atol=1e-5)
+    np.testing.assert_allclose(out.q_values, summary.qvalues, atol=1e-5)
+    assert out.finite.all()
+    grown, other = out.tree, wanted.search_tree
+    np.testing.assert_array_equal(grown.depth.max(axis=1) >= 2, True)
+    made = np.asarray(grown.parent) >= 0
+    visits = np.where(made, other.node_visits, 0)
+    np.testing.assert_array_equal(np.where(made, grown.visits, 0)[:, 1:], visits[:, 1:])
+    if max_depth is None:
+        np.testing.assert_array_equal(grown.parent, other.parents)
+        np.testing.assert_array_equal(grown.action, other.action_from_parent)
+        np.testing.assert_array_equal(grown.state, other.embeddings)
+
+
+def test_an_mctx_user_changes_one_function():
+    """`RootFnOutput` and `RecurrentFnOutput` are taken as they are."""
+    by = SearchConfig(num_simulations=10, tree="gumbel", noise_fraction=0.25)
+    root = roots(3, 4)
+
+    def step(play, rng, node, action):
+        output, state = recurrent_fn(play, rng, action, node.state, masked=False)
+        return (), state, output
+
+    embedding = {"tokens": (), "length": root.length, "state": root.state}
+    theirs = mctx.RootFnOutput(prior_logits=root.policy, value=root.value, embedding=embedding)
+    out = tree_search(PLAY, jax.random.key(0), theirs, TreeModel(1, 1, step), search=by)
+    same = tree_search(PLAY, jax.random.key(0), root, TABLES[False], search=by)
+    chex.assert_trees_all_close(out, same, rtol=1e-6)
+
+
+@pytest.mark.parametrize("tree", ["muzero", "gumbel"])
+def test_own_tokens_search_as_windows_do(tree):
+    """UniZero with mctx's policies: its visits with a whole window per node, over an episode."""
+    by = SearchConfig(num_simulations=12, tree=tree, noise_fraction=0.25, temperature=0.0)
+    by = dataclasses.replace(by, q_transform="siblings" if tree == "muzero" else "mix_value")
+    model, rng = prepare(random_params(SMALL), config=SMALL), np.random.default_rng(0)
+    contexts, action = init_contexts(SMALL, 3), np.full(3, -1)
+    for step in range(8):
+        observation = rng.normal(size=(3, 5)).astype(np.float32)
+        given = jax.random.key(step), contexts, observation, action
+        _, wanted = mctx_windows.search(model, *given, config=SMALL, search=by)
+        contexts, out = search(model, *given, config=SMALL, search=by)
+        summary = wanted.search_tree.summary()
+        np.testing.assert_array_equal(out.visit_counts, summary.visit_counts)
+        np.testing.assert_array_equal(out.action, wanted.action)
+        np.testing.assert_allclose(out.action_weights, wanted.action_weights, atol=1e-4)
+        np.testing.assert_allclose(out.root_value, summary.value, atol=1e-4)
+        action = np.array(out.action)
+
+
+@pytest.mark.parametrize("mode", ["learned", "rope_lightzero", "rope_consistent", "reset"])
+def test_windows_read_in_place(mode, monkeypatch):
+    """The same search as with copied windows: short, full and slid ones, shallow and deep paths."""
+    config, by = with_mode(SMALL, mode), SearchConfig(num_simulations=40, tree="muzero")
+    params, rng = random_params(config), np.random.default_rng(1)
+    contexts, action, depths = init_contexts(config, 2), np.full(2, -1), []
+    monkeypatch.setattr(unizero_tree, "_LONG", 0)
+    unizero_tree.tree_model.cache_clear()
+    first = np.ones((2, 5), np.float32)
+    same = (
+        jax.jit(functools.partial(search, config=config, search=by))
+        .lower(params, jax.random.key(0), contexts, first, action)
+        .compile()
+    )
+    monkeypatch.undo()
+    unizero_tree.tree_model.cache_clear()
+    for step in range(6):
+        observation = rng.normal(size=(2, 5)).astype(np.float32)
+        given = params, jax.random.key(step), contexts, observation, action
+        moved, out = search(*given, config=config, search=by)
+        _, in_place = same(*given)
+        chex.assert_trees_all_close(in_place, out, atol=2e-4)
+        np.testing.assert_array_equal(in_place.visit_counts, out.visit_counts)
+        contexts, action = moved, np.array([1, -1]) if step == 2 else np.asarray(out.action)
+        depths.append(float(out.mean_depth.max()))
+    assert max(depths) > 3
+
+
+BLOCK, SIZE = 3, 8
+
+
+def numbered_step(params, rng, node, action):
+    """Tokens that say who made them: node's own number (a draw of the key), and their place."""
+    name = jax.random.randint(rng, node.length.shape, 0, 2**30)
+    tokens = jnp.stack([name + place for place in range(BLOCK)])
+    flat = jnp.tanh(name % 7 - 3.0)
+    policy = jnp.stack([jnp.sin(name % (5 + a)) for a in range(3)], axis=1)
+    state = {"name": name, "length": node.length, "at_root": node.at_root, "depth": node.depth}
+    return tokens, state, Transition(flat, flat, policy)
+
+
+@pytest.mark.parametrize("carry", [None, 0, 2])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_every_window_is_its_parents_and_its_own_tokens(carry, in_place):
+    """Roots of all lengths, full windows that lose a block, tokens that are kept by `carry`."""
+    seen = []
+
+    def step(params, rng, node, action):
+        jax.debug.callback(lambda *x: seen.append(jax.tree.map(np.asarray, x)), node, action)
+        return numbered_step(params, rng, node, action)
+
+    rows = SIZE + 1
+    length = np.arange(rows, dtype=np.int32)
+    tokens = -np.arange(1, rows * SIZE + 1, dtype=np.int32).reshape(rows, SIZE)
+    nothing = np.zeros(rows, np.int32)
+    state = dict.fromkeys(("name", "length", "at_root", "depth"), nothing)
+    policy, value = np.zeros((rows, 3), np.float32), np.zeros(rows, np.float32)
+    model = TreeModel(BLOCK, SIZE, step, carry, in_place)
+    by = SearchConfig(num_simulations=30, discount=0.9)
+    root = Root(tokens, length, policy, value, state=state)
+    out = tree_search({}, jax.random.key(1), root, model, search=by, return_tree=True)
+    jax.effects_barrier()
+    tree = jax.tree.map(np.asarray, out.tree)
+    assert tree.depth.max() >= 4
+    for b in range(rows):
+        windows = {0: [int(x) for x in tokens[b, : length[b]]]}
+        for n in range(1, 31):
+            above = windows[int(tree.parent[b, n])]
+            own = [int(tree.state["name"][b, n]) + place for place in range(BLOCK)]
+            fits = len(above) + BLOCK <= SIZE
+            if fits:
+                windows[n] = above + own
+            elif carry is None:
+                windows[n] = above[BLOCK:] + own
+            else:
+                windows[n] = own[BLOCK - carry :]
+            assert tree.length[b, n] == len(windows[n])
+            assert tree.tokens[b, n, : len(windows[n])].tolist() == windows[n]
+            assert tree.state["length"][b, n] == len(above)
+            assert tree.state["at_root"][b, n] == sum(x < 0 for x in above)
+            assert tree.state["depth"][b, n] == tree.depth[b, n] - 1
+    assert len(seen) == 30
+    for (node, _), n in zip(seen, range(1, 31), strict=True):  # what the model was shown
+        for b in range(rows):
+            shown = node.tokens[b][node.valid[b]].tolist()
+            above = tree.tokens[b, tree.parent[b, n], : node.length[b]].tolist()
+            assert shown == (above[node.at_root[b] :] if in_place else above)
+
+
+def test_what_was_kept_has_its_states():
+    """A state is its parent's and its action's, in kept nodes too; the root's is the new one."""
+    by = SearchConfig(num_simulations=15, kept_nodes=10, tree="muzero", discount=0.9)
+    root, kept, action = roots(5, 6), None, None
+    for step in range(5):
+        out = tree_search(
+            PLAY,
+            jax.random.key(step),
+            root,
+            TABLES[True],
+            search=by,
+            kept=kept,
+            last_action=action,
+            return_tree=True,
+        )
+        tree = jax.tree.map(np.asarray, out.tree)
+        rows, nodes = np.nonzero(tree.parent >= 0)
+        parent, moved = tree.parent[rows, nodes], tree.action[rows, nodes]
+        np.testing.assert_array_equal(
+            tree.state[rows, nodes], after(tree.state[rows, parent], moved)
+        )
+        assert out.finite.all()
+        carried = np.sum(tree.parent[:, : by.kept_nodes + 1] >= 0, axis=1)
+        assert (carried > 0).sum() == (0 if step == 0 else 5 if step == 3 else 6)
+        kept, action = out.kept, np.array(out.action)
+        state = after(np.asarray(root.state), action)
+        if step == 2:
+            action[4] = -1
+        root = dataclasses.replace(
+            root, policy=PLAY["policy"][state], value=PLAY["value"][state], state=state
+        )
+
+
+def test_one_program_over_an_episode():
+    by = SearchConfig(num_simulations=10, tree="muzero")
+    before = _tree_search._cache_size()
+    for seed in range(3):
+        tree_search(PLAY, jax.random.key(seed), roots(seed, 5), TABLES[False], search=by)
+    warmer = dataclasses.replace(by, temperature=1.0, discount=0.5)
+    tree_search(PLAY, jax.random.key(0), roots(0, 5), TABLES[False], search=warmer)
+    assert _tree_search._cache_size() == before + 1
+
+
+def test_a_row_with_nan_or_without_a_legal_action_leaves_the_others_alone():
+    by = SearchConfig(num_simulations=10, tree="muzero")
+
+    def step(play, rng, node, action):
+        state = after(node.state, action)
+        reward = jnp.where(node.root == 1, jnp.nan, play["reward"][state])
+        legal = play["legal"][state] & (node.root != 2)[:, None]
+        going = Transition(reward, play["value"][state], play["policy"][state], None, legal)
+        return (), state, going
+
+    for tree in ("lightzero", "muzero", "gumbel"):
+        by = SearchConfig(num_simulations=10, tree=tree)
+        root, model = roots(0, 4), TreeModel(1, 1, step)
+        clean, dirty = (
+            tree_search(
+                PLAY, jax.random.key(0), dataclasses.replace(root, data=data), model, search=by
+            )
+            for data in (np.zeros(4, np.int32), np.array([0, 1, 2, 0], np.int32))
+        )
+        assert clean.finite.all()
+        assert dirty.finite.tolist() == [True, False, False, True]
+        for row in (0, 3):
+            np.testing.assert_array_equal(dirty.visit_counts[row], clean.visit_counts[row])
+    ended = TreeModel(1, 1, lambda *x: _without_discount(step(*x)))
+    data = np.array([0, 0, 2, 0], np.int32)
+    over = tree_search(
+        PLAY, jax.random.key(0), dataclasses.replace(root, data=data), ended, search=by
+    )
+    assert over.finite.all()  # the episode is over: nobody needs an action
+
+
+def _without_discount(answer):
+    tokens, state, came = answer
+    return tokens, state, dataclasses.replace(came, discount=jnp.zeros_like(came.reward))
+
+
+def plain_step(params, rng, node, action):
+    rows = action.shape[0]
+    zeros = jnp.zeros(rows)
+    return jnp.zeros((2, rows, 4)), node.state, Transition(zeros, zeros, jnp.zeros((rows, 3)))
+
+
+def plain_root(rows=2, **changes):
+    zeros = np.zeros(rows, np.float32)
+    root = Root(
+        np.zeros((rows, 6, 4), np.float32),
+        np.zeros(rows, np.int32),
+        np.zeros((rows, 3), np.float32),
+        zeros,
+        state=zeros,
+    )
+    return dataclasses.replace(root, **changes)
+
+
+def answers(**changes):
+    """A step whose answer differs from a good one."""
+
+    def step(params, rng, node, action):
+        tokens, state, came = plain_step(params, rng, node, action)
+        came = dataclasses.replace(came, **{k: v for k, v in changes.items() if hasattr(came, k)})
+        return changes.get("tokens", tokens), changes.get("state", state), came
+
+    return step
+
+
+@pytest.mark.parametrize(
+    ("step", "kind", "message"),
+    [
+        (
+            answers(tokens=jnp.zeros((3, 2, 4))),
+            ValueError,
+            r"must return tokens as float32 \(2, 2, 4\), like root.tokens, got float32 \(3, 2, 4\)",
+        ),
+        (
+            answers(tokens=jnp.zeros((2, 2, 4), jnp.bfloat16)),
+            ValueError,
+            r"must return tokens as float32 \(2, 2, 4\), like root.tokens, got bfloat16",
+        ),
+        (answers(tokens=()), ValueError, "must return tokens of the same structure as root.tokens"),
+        (
+            answers(state=jnp.zeros((2, 1))),
+            ValueError,
+            r"must return state as float32 \(2,\), like root.state, got float32 \(2, 1\)",
+        ),
+        (answers(state=None), ValueError, "must return state of the same structure as root.state"),
+        (
+            answers(policy=jnp.zeros((2, 4))),
+            ValueError,
+            r"Transition.policy must have shape \(2, 3\), got \(2, 4\)",
+        ),
+        (answers(value=jnp.zeros(3)), ValueError, r"Transition.value must have shape \(2,\)"),
+        (answers(reward=0.0), ValueError, "Transition.reward must be an array of numbers, got"),
+        (answers(discount=jnp.zeros(())), ValueError, "Transition.discount must have shape"),
+        (answers(legal=jnp.ones((2, 3))), ValueError, "Transition.legal must be bool, got float32"),
+        (
+            lambda *x: plain_step(*x)[1:],
+            TypeError,
+            r"\(tokens, state, Transition\), got tuple of 2",
+        ),
+        (
+            lambda *x: (*plain_step(*x)[:2], 0.0),
+            TypeError,
+            "a kvjax.Transition or a mctx.RecurrentFnOutput, got float",
+        ),
+    ],
+)
+def test_what_a_step_may_not_return(step, kind, message):
+    with pytest.raises(kind, match=message):
+        tree_search(
+            {}, jax.random.key(0), plain_root(), TreeModel(2, 6, step), search=SearchConfig(3)
+        )
+
+
+@pytest.mark.parametrize(
+    ("root", "kind", "message"),
+    [
+        (
+            plain_root(length=np.zeros(3, np.int32)),
+            ValueError,
+            r"root.length must have shape \(2,\)",
+        ),
+        (plain_root(length=np.array([0, 7])), ValueError, r"root.length must be in 0 .. 6"),
+        (
+            plain_root(length=np.zeros(2)),
+            ValueError,
+            "root.length must be integer numbers, got float",
+        ),
+        (plain_root(value=np.zeros((2, 1))), ValueError, r"root.value must have shape \(2,\), got"),
+        (plain_root(policy=np.zeros(2)), ValueError, r"root.policy must have shape \[B, A\]"),
+        (
+            plain_root(tokens={"k": np.zeros((2, 5, 4))}),
+            ValueError,
+            r"root.tokens\['k'\] must have shape \[2, 6, ...\], got \(2, 5, 4\)",
+        ),
+        (plain_root(state=np.zeros(3)), ValueError, r"root.state must have shape \[2, ...\]"),
+        (plain_root(data=np.zeros(())), ValueError, r"root.data must have shape \[2, ...\], got"),
+        (plain_root(legal=np.ones((2, 3))), ValueError, "root.legal must be bool, got float"),
+        (plain_root(legal=np.eye(2, 3) > 1), ValueError, r"root.legal needs .* rows \[0, 1\] have"),
+        ({"policy": 0}, TypeError, "root must be a kvjax.Root, or a mctx.RootFnOutput whose"),
+        (
+            mctx.RootFnOutput(prior_logits=0, value=0, embedding=np.zeros(2)),
+            TypeError,
+            "got RootFnOutput with embedding ndarray",
+        ),
+    ],
+)
+def test_what_a_root_may_not_be(root, kind, message):
+    model = TreeModel(2, 6, plain_step)
+    with pytest.raises(kind, match=message):
+        tree_search({}, jax.random.key(0), root, model, search=SearchConfig(3))
+
+
+def test_other_bad_input():
+    good = {}, jax.random.key(0), plain_root()
+    by = SearchConfig(3)
+    with pytest.raises(ValueError, match="block must be at most its size 6, got 7"):
+        tree_search(*good, TreeModel(7, 6, plain_step), search=by)
+    with pytest.raises(TypeError, match=r"model must be of type TreeModel, got function"):
+        tree_search(*good, plain_step, search=by)
+    for options, message in (
+        ({"block": 0}, "block must be a positive integer, got 0"),
+        ({"size": 2.5}, "size must be a positive integer, got 2.5"),
+        ({"carry": 3}, r"carry must be None or an integer in 0 .. 2 \(block\), got 3"),
+        ({"step": 1}, "step must be a function, got 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            TreeModel(**{"block": 2, "size": 6, "step": plain_step} | options)
+    keeps, model = SearchConfig(3, kept_nodes=2), TreeModel(2, 6, plain_step)
+    kept = tree_search(*good, model, search=keeps).kept
+    for given, options, message in (
+        (kept, {"search": by}, "kept needs a search with kept_nodes above 0"),
+        (kept, {"search": keeps}, "kept needs last_action, which led to the roots"),
+        (kept, {"search": keeps, "last_action": [0, 3]}, r"last_action must be in -1 .. 2"),
+        (kept, {"search": SearchConfig(4, kept_nodes=2), "last_action": [0, 0]}, "kept.tree.edges"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tree_search(*good, model, kept=given, **options)
+    with pytest.raises(ValueError, match="q_transform must be"):
+        SearchConfig(tree="gumbel", q_transform="mixed")
+    with pytest.raises(ValueError, match='q_transform must be None with tree "lightzero"'):
+        SearchConfig(q_transform="tree")
+    assert isinstance(Node, type)
