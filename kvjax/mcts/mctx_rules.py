@@ -43,6 +43,7 @@ class Rules:
       legal: [B, A] bool of the roots, if any action is not.
       gumbel: [B, A], the roots' noise of "gumbel".
       masked: whether nodes below the roots have illegal actions.
+      chance: whether nodes at odd levels are chance nodes.
     """
 
     config: SearchConfig
@@ -51,6 +52,7 @@ class Rules:
     gumbel: jax.Array | None = None
     fields: int = RAW + 1
     masked: bool = False
+    chance: bool = False
 
     @property
     def running_mean(self) -> bool:
@@ -77,6 +79,9 @@ class Rules:
         keys: Any = jax.vmap(lambda key: jax.random.split(key))(known[-1])
         shown = self._shown(tree, edge, level, known)
         action = self._action(shown, keys[:, 1], level)
+        if self.chance:
+            probability = jax.nn.softmax(edge[:, PRIOR])
+            action = trees.outcome(probability, edge[:, VISITS], action, level)
         chosen = edge[trees.every(action.shape[0]), :, action]
         return action, chosen, (chosen[:, VISITS], chosen[:, VALUE], chosen[:, RAW], keys[:, 0])
 

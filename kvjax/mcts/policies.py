@@ -39,8 +39,9 @@ class Beginning:
       policy: [B, A] logits of the roots.
       value: [B], the network's of the roots.
       legal: [B, A] bool; None: all actions.
-      masked: whether nodes below the roots have illegal actions.
       fields: F of an edge.
+      masked: whether nodes below the roots have illegal actions.
+      chance: whether nodes at odd levels are chance nodes.
     """
 
     policy: jax.Array
@@ -48,6 +49,7 @@ class Beginning:
     legal: jax.Array | None
     fields: int
     masked: bool = False
+    chance: bool = False
 
     @property
     def all_legal(self) -> jax.Array:
@@ -80,7 +82,8 @@ def _lightzero(
     noise_rng, action_rng, model_rng = jax.random.split(rng, 3)
     legal, prior = root.all_legal, puct.softmax(root.policy, root.all_legal)
     noisy = with_noise(noise_rng, prior, legal, search)
-    grown = grow(puct.Rules(search, root.fields), trees.init(noisy, search, root.fields), model_rng)
+    rules = puct.Rules(search, root.fields, root.chance)
+    grown = grow(rules, trees.init(noisy, search, root.fields), model_rng)
     tree = grown[0]
     visit_counts = trees.visit_counts(tree)
     value = trees.root_value(tree)
@@ -147,7 +150,9 @@ def _grown(
     search: SearchConfig,
 ) -> tuple[Grown, mctx_rules.Rules]:
     """Trees that begin with the network's value as a visit."""
-    rules = mctx_rules.Rules(search, root.value, root.legal, gumbel, root.fields, root.masked)
+    rules = mctx_rules.Rules(
+        search, root.value, root.legal, gumbel, root.fields, root.masked, root.chance
+    )
     begun = trees.init(rules.prior(logits, None), search, root.fields, root.value)
     return grow(rules, begun, rng), rules
 

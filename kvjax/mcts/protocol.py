@@ -85,6 +85,10 @@ class TreeModel:
       in_place: a node is handed the tokens that were added below its root and no others. The model
         reads the root's own where they lie, in the root's data, and how many of them are left in
         `Node.at_root`. For long windows, which are then not copied in every simulation.
+      chance: nodes at odd depths are chance nodes: their "actions" are outcomes, of which that is
+        tried next whose probability is largest for its visits (Stochastic MuZero, Antonoglou et
+        al., 2022). Both kinds of nodes have A entries, K tokens and one structure of states;
+        `legal` leaves out the entries for which one kind has no use.
 
     Raises:
       ValueError: a size is no positive integer, or carry is no part of a block.
@@ -95,6 +99,7 @@ class TreeModel:
     step: Step
     carry: int | None = None
     in_place: bool = False
+    chance: bool = False
 
     def __post_init__(self) -> None:
         require_positive(self, "block", "size")

@@ -30,10 +30,15 @@ Exploration = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """LightZero's `trees.Rules`: what a walk knows of a node is its parent's mean Q [B]."""
+    """LightZero's `trees.Rules`: what a walk knows of a node is its parent's mean Q [B].
+
+    Attributes:
+      chance: whether nodes at odd levels are chance nodes.
+    """
 
     config: SearchConfig
     fields: int = Q + 1
+    chance: bool = False
 
     @property
     def running_mean(self) -> bool:
@@ -55,8 +60,9 @@ class Rules:
         self, tree: Tree, edge: jax.Array, node: jax.Array, level: jax.Array, known: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """The action with the largest score, the first on ties."""
-        del level
         mean, action = _best(tree, edge, node, known, _exploration(self.config))
+        if self.chance:
+            action = trees.outcome(edge[:, PRIOR], edge[:, VISITS], action, level)
         chosen = edge[trees.every(node.shape[0]), :, action]
         if self.fields > DISCOUNT:  # as the child's player sees it; nothing lies behind the end
             mean = mean * jnp.sign(chosen[:, DISCOUNT])

@@ -93,6 +93,17 @@ class Rules(Protocol):
         """
 
 
+def outcome(probability: jax.Array, visits: jax.Array, action: jax.Array, level: Any) -> jax.Array:
+    """At odd levels [] the outcome [B] that is due, of chance nodes; at others the action [B].
+
+    Args:
+      probability: [B, A], below 0 where there is none.
+      visits: [B, A].
+    """
+    due = jnp.argmax(probability / (visits + 1), axis=1).astype(jnp.int32)
+    return jnp.where(level % 2 == 1, due, action)
+
+
 def every(rows: int) -> jax.Array:
     """Numbers of rows: [B] int32."""
     return jnp.arange(rows, dtype=jnp.int32)

@@ -106,6 +106,11 @@ def _checked(
         require_type("kept", kept, Kept, "kvjax.Kept")
         require(last_action is not None, "kept needs last_action, which led to the roots")
     if search.kept_nodes > 0:
+        require(
+            not model.chance,
+            f"kept_nodes must be 0 for a model with chance nodes, got {search.kept_nodes}: the next"
+            " root lies two edges below",
+        )
         kept = _begin(params, rng, root, model=model, search=search) if kept is None else kept
         last_action = _actions(last_action, root)
     dials, search = split(search)
@@ -229,7 +234,9 @@ def plan(
         )
 
     fields = policies.num_fields(search, discounted=facts.discounted, raw=raw)
-    begins = policies.Beginning(root.policy, root.value, root.legal, fields, facts.masked)
+    begins = policies.Beginning(
+        root.policy, root.value, root.legal, fields, facts.masked, model.chance
+    )
     output, (tree, tokens) = policies.plan(rng, begins, grow, dials, search)
     whole = search_tree.of(tree, tokens, root.value, search) if return_tree else None
     kept = None if past is None else Kept(tree, tokens, past.timestep)

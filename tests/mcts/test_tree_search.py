@@ -138,6 +138,84 @@ def test_the_trees_of_mctx(tree, transform, legal, masked, max_depth, noise, tem
         np.testing.assert_array_equal(grown.state, other.embeddings)
 
 
+def chance_step(play, rng, node, action):
+    """Decision nodes add no reward; behind each outcome stands a decision again."""
+    state = after(node.state, action)
+    to_chance = node.depth % 2 == 0
+    parts = {name: play[name][state] for name in ("reward", "value", "policy", "discount")}
+    reward = jnp.where(to_chance, 0.0, parts["reward"])
+    discount = jnp.where(to_chance, 1.0, parts["discount"])
+    return (), state, Transition(reward, parts["value"], parts["policy"], discount)
+
+
+def test_the_trees_of_stochastic_muzero():
+    """Chance nodes on every other level, as `mctx.stochastic_muzero_policy` has them."""
+    by = SearchConfig(
+        num_simulations=40, tree="muzero", noise_fraction=0.25, temperature=1.0, max_depth=7
+    )
+    rng, root = jax.random.key(3), roots(9)
+    mask = PLAY["legal"][root.state]
+
+    def decision_fn(play, rng, action, state):
+        state = after(state, action)
+        output = mctx.DecisionRecurrentFnOutput(
+            chance_logits=play["policy"][state], afterstate_value=play["value"][state]
+        )
+        return output, state
+
+    def chance_fn(play, rng, outcome, state):
+        output, state = recurrent_fn(play, rng, outcome, state, masked=False)
+        names = {"action_logits": output.prior_logits, "value": output.value}
+        rest = {"reward": output.reward, "discount": output.discount}
+        return mctx.ChanceRecurrentFnOutput(**names, **rest), state
+
+    wanted = jax.jit(
+        functools.partial(mctx.stochastic_muzero_policy, max_depth=7), static_argnums=(3, 4, 5)
+    )(
+        PLAY,
+        rng,
+        mctx.RootFnOutput(prior_logits=root.policy, value=root.value, embedding=root.state),
+        decision_fn,
+        chance_fn,
+        40,
+        ~mask,
+    )
+    model = TreeModel(1, 1, chance_step, chance=True)
+    out = tree_search(PLAY, rng, dataclasses.replace(root, legal=mask), model, search=by)
+    summary = wanted.search_tree.summary()
+    np.testing.assert_array_equal(out.visit_counts, summary.visit_counts)
+    np.testing.assert_array_equal(out.action, wanted.action)
+    np.testing.assert_allclose(out.action_weights, wanted.action_weights, atol=1e-6)
+    np.testing.assert_allclose(out.root_value, summary.value, atol=1e-5)
+    assert (out.mean_depth > 2).any()
+
+
+@pytest.mark.parametrize("tree", ["lightzero", "gumbel"])
+def test_outcomes_are_tried_as_often_as_they_are_likely(tree):
+    """Two outcomes of 3 to 1 below the one action; the value is their mean, whatever they bring."""
+
+    def step(params, rng, node, action):
+        to_chance = node.depth == 0
+        policy = jnp.log(jnp.where(to_chance, 1.0, 0.0)[:, None] * jnp.asarray([0.75, 0.25]) + 1e-9)
+        legal = jnp.broadcast_to(to_chance[:, None] | (jnp.arange(2) == 0), (1, 2))
+        worth = jnp.where(node.depth == 1, jnp.where(action == 0, 0.0, 1.0), 0.0)
+        return (
+            (),
+            None,
+            Transition(worth, jnp.zeros(1), policy, jnp.ones(1) * (node.depth < 1), legal),
+        )
+
+    only = Root((), np.zeros(1, np.int32), np.zeros((1, 2), np.float32), np.zeros(1, np.float32))
+    only = dataclasses.replace(only, legal=np.array([[True, False]]))
+    by = SearchConfig(num_simulations=41, tree=tree, discount=1.0)
+    model = TreeModel(1, 1, step, chance=True)
+    out = tree_search((), jax.random.key(0), only, model, search=by, return_tree=True)
+    first = int(np.argmax(np.asarray(out.tree.depth[0]) == 1))
+    below = np.asarray(out.tree.visits[0])[np.asarray(out.tree.parent[0]) == first]
+    assert sorted(below.tolist()) == [10, 30]
+    np.testing.assert_allclose(out.q_values[0, 0], 10 / 41, atol=1e-6)
+
+
 def test_an_mctx_user_changes_one_function():
     """`RootFnOutput` and `RecurrentFnOutput` are taken as they are."""
     by = SearchConfig(num_simulations=10, tree="gumbel", noise_fraction=0.25)
@@ -483,6 +561,9 @@ def test_other_bad_input():
     ):
         with pytest.raises(ValueError, match=message):
             tree_search(*good, model, kept=given, **options)
+    chance = TreeModel(2, 6, plain_step, chance=True)
+    with pytest.raises(ValueError, match="kept_nodes must be 0 for a model with chance nodes"):
+        tree_search(*good, chance, search=keeps)
     with pytest.raises(ValueError, match="q_transform must be"):
         SearchConfig(tree="gumbel", q_transform="mixed")
     with pytest.raises(ValueError, match='q_transform must be None with tree "lightzero"'):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from conftest import SMALL, random_params
 
+from kvjax.config import SearchConfig
 from kvjax.model import unizero
 from kvjax.tools.bench import floor, search, timing
 
@@ -59,9 +60,10 @@ def test_a_row(monkeypatch, no_lightzero):
     (row,) = result["rows"]
     sizes = {"embed": 16, "layers": 2, "context": 8, "envs": 2, "simulations": 3}
     assert sizes.items() <= row.items()
-    times = ("kvjax_ms", "mctx_ms", "floor_ms", "tree_mib", "mctx_tree_mib")
+    times = ("kvjax_ms", "muzero_ms", "mctx_ms", "floor_ms", "tree_mib", "mctx_tree_mib")
     assert all(row[name] > 0 for name in times)
     assert row["floor_ratio"] == row["kvjax_ms"] / row["floor_ms"]
+    assert row["mctx_ratio"] == row["mctx_ms"] / row["muzero_ms"]
     assert 1 <= row["mean_depth"] <= 3
     assert "lightzero_ms" not in row
     fractions = [fraction for fraction, _ in told]
@@ -108,6 +110,10 @@ def test_cases():
         (64, 8, 256, 50),
         (64, 64, 8, 200),
         (768, 64, 8, 200),
+        (256, 64, 8, 200),
+        (64, 512, 8, 50),
+        (256, 512, 8, 50),
+        (64, 4096, 8, 50),
     }
     assert {(c.layers, c.heads) for c in search.CASES} == {(2, 8)}
     assert [case.simulations for case, _ in search.GROWTH] == [50, 800]
@@ -115,7 +121,7 @@ def test_cases():
 
 @pytest.mark.parametrize(
     ("only", "count"),
-    [("", 6), ("embed=64", 4), ("embed=64,envs=8", 2), ("embed=64,envs=8,context=8", 1)],
+    [("", 10), ("embed=64", 6), ("embed=64,envs=8", 4), ("embed=64,envs=8,context=8", 1)],
 )
 def test_only_picks_rows_by_whole_parts(monkeypatch, only, count):
     """`envs=8` is not a part of `envs=80`, and every part must fit."""
@@ -139,10 +145,11 @@ def test_windows_are_full_and_memory_is_small(no_lightzero):
     """A long context: whole windows per node take many times what own tokens take."""
     case = dataclasses.replace(TINY, embed=64, heads=8, context=64, simulations=64)
     config, params = search._model(case, None)
-    trees = (search._TREES[name] for name in ("kvjax", "mctx"))
-    ours, theirs = (search.Search(case, config, params, tree) for tree in trees)
+    by = SearchConfig(case.simulations, "muzero", q_transform="siblings")
+    ours = search.Search(case, config, params, by)
+    theirs = search.Search(case, config, params, by, by_mctx=True)
     assert ours.contexts.window.length.tolist() == [61, 61]
-    assert ours.temporary_mib() <= theirs.temporary_mib() / 10
+    assert ours.temporary_mib() <= theirs.temporary_mib() / 20
 
 
 def test_medians_in_turn():

@@ -46,7 +46,7 @@ def search(
     """As `kvjax.search` with tree "muzero" or "gumbel" and a transform of mctx.
 
     Returns:
-      The new contexts and what mctx's policy answers.
+      The new contexts and what mctx's policy answers, windows left out.
     """
     contexts, policy, value = advance(model, contexts, observation, last_action, config=config)
     embedding = _Node(contexts.window, jnp.zeros_like(contexts.timestep))
@@ -65,20 +65,19 @@ def search(
         "qtransform": mctx_rules.q_transform(search),
     }
     if search.tree == "gumbel":
-        scale = 1.0 if search.noise_fraction > 0.0 else 0.0
-        return contexts, mctx.gumbel_muzero_policy(
+        options["gumbel_scale"] = 1.0 if search.noise_fraction > 0.0 else 0.0
+        options["max_num_considered_actions"] = search.max_considered_actions
+        output = mctx.gumbel_muzero_policy(**options)
+    else:
+        output = mctx.muzero_policy(
             **options,
-            gumbel_scale=scale,
-            max_num_considered_actions=search.max_considered_actions,
+            dirichlet_fraction=search.noise_fraction,
+            dirichlet_alpha=search.dirichlet_alpha,
+            pb_c_init=search.pb_c_init,
+            pb_c_base=search.pb_c_base,
+            temperature=search.temperature,
         )
-    return contexts, mctx.muzero_policy(
-        **options,
-        dirichlet_fraction=search.noise_fraction,
-        dirichlet_alpha=search.dirichlet_alpha,
-        pb_c_init=search.pb_c_init,
-        pb_c_base=search.pb_c_base,
-        temperature=search.temperature,
-    )
+    return contexts, output.replace(search_tree=output.search_tree.replace(embeddings=None))
 
 
 def _recurrent_fn(

@@ -31,6 +31,7 @@ from kvjax.tools.bench.searches import (
 
 _WARMUP = 2  # rounds that compile
 _GROWTH = "growth"
+_LONGEST_OF_LIGHTZERO = 64  # tokens; it fills longer contexts for minutes
 
 CASES = (
     Case(embed=64, context=8, envs=8, simulations=50, repeats=15),
@@ -39,6 +40,10 @@ CASES = (
     Case(embed=64, context=8, envs=256, simulations=50, repeats=5),
     Case(embed=64, context=64, envs=8, simulations=200, repeats=5),
     Case(embed=768, context=64, envs=8, simulations=200, repeats=1),
+    Case(embed=256, context=64, envs=8, simulations=200, repeats=3),
+    Case(embed=64, context=512, envs=8, simulations=50, repeats=5),
+    Case(embed=256, context=512, envs=8, simulations=50, repeats=3),
+    Case(embed=64, context=4096, envs=8, simulations=50, repeats=3),
 )
 
 GROWTH = (
@@ -102,7 +107,8 @@ def growth() -> list[Row]:
 
 
 def _row(case: Case, progress: Progress) -> Row:
-    model = lightzero_model(case) if lightzero_020.available() else None
+    usual = case.context <= _LONGEST_OF_LIGHTZERO and lightzero_020.available()
+    model = lightzero_model(case) if usual else None
     config, params = _model(case, model)
     same_policy = SearchConfig(case.simulations, "muzero", q_transform="siblings")
     searches = {
