@@ -207,12 +207,18 @@ def expand(
       prior: [B, A] of the new nodes.
       discount: [] of a step; also what the root's own value is scaled by among its extremes.
       running_mean: as of the rules.
-      of_edge: [B], of the new edges, where each has its own.
+      of_edge: [B], of the new edges, where each has its own. What lies behind an edge of 0 reaches
+        nobody above it, NaN neither.
     """
     rows, fields = tree.low.shape[0], tree.edges.shape[2]
     fresh = blank(prior.shape, fields).at[:, PRIOR].set(prior)
     edges = jax.lax.dynamic_update_index_in_dim(tree.edges, fresh, node, 0)
     every_row, discount = every(rows), jnp.asarray(discount, jnp.float32)
+    behind = None if of_edge is None else _behind_an_end(path)
+
+    def discounted(received: jax.Array, factor: jax.Array, value: jax.Array) -> jax.Array:
+        total = received + factor * value
+        return total if of_edge is None else jnp.where(factor == 0, received, total)
 
     def back_up(state: Any) -> Any:
         level, edges, gain, low, high = state
@@ -230,7 +236,7 @@ def expand(
         else:
             kept = old[VALUE] + gain
             mean = kept / visits
-        q = received + factor * mean
+        q = discounted(received, factor, mean)
         parent = jnp.where(on_path, step[:, _NODE].astype(jnp.int32), edges.shape[0])
         action = step[:, _ACTION].astype(jnp.int32)
         written = [child, visits, kept, received, q]
@@ -240,9 +246,11 @@ def expand(
             written.append(jnp.broadcast_to(factor, q.shape))
         update = jnp.stack(written, axis=1)
         edges = edges.at[parent, every_row, CHILD:, action].set(update, mode="drop")
-        low = jnp.where(on_path, jnp.minimum(low, q), low)
-        high = jnp.where(on_path, jnp.maximum(high, q), high)
-        return level - 1, edges, jnp.where(on_path, received + factor * gain, gain), low, high
+        counts = on_path if behind is None else on_path & ~behind[level]
+        low = jnp.where(counts, jnp.minimum(low, q), low)
+        high = jnp.where(counts, jnp.maximum(high, q), high)
+        gain = jnp.where(on_path, discounted(received, factor, gain), gain)
+        return level - 1, edges, gain, low, high
 
     deepest = jnp.max(path.depth) - 1
     start = deepest, edges, value, tree.low, tree.high
@@ -262,6 +270,14 @@ def expand(
         high=jnp.maximum(high, root_q),
         total_depth=tree.total_depth + path.depth.astype(jnp.float32),
     )
+
+
+def _behind_an_end(path: Path) -> jax.Array:
+    """Which edges of paths lie behind one whose discount is 0: [V, B] bool."""
+    tried = path.steps[:, :, _EDGE + VISITS - CHILD] > 0
+    ends = tried & (path.steps[:, :, _EDGE + DISCOUNT - CHILD] == 0)
+    before = jnp.cumsum(ends, axis=0, dtype=jnp.int32) - ends
+    return before > 0
 
 
 def visit_counts(tree: Tree) -> jax.Array:

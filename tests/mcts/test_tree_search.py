@@ -280,6 +280,44 @@ def test_windows_read_in_place(mode, monkeypatch):
     assert max(depths) > 3
 
 
+@pytest.mark.parametrize("tree", ["lightzero", "muzero", "gumbel"])
+@pytest.mark.parametrize("junk", [9.0, np.nan, np.inf])
+def test_nothing_behind_an_end_is_heard_of(tree, junk):
+    """Values, rewards and missing actions there change no visit of the roots."""
+
+    def step(play, rng, node, action):
+        state, over = after(node.state["at"], action), node.state["over"]
+        reward, value, policy, discount = (
+            play[name][state] for name in ("reward", "value", "policy", "discount")
+        )
+        legal = play["legal"][state] & ~(over & (node.root != 0))[:, None]
+        nonsense = jnp.where(over & (node.root != 0), junk, 0.0)
+        now = {"at": state, "over": over | (discount == 0)}
+        return (), now, Transition(reward + nonsense, value + nonsense, policy, discount, legal)
+
+    root, transform = roots(2, 50), None if tree == "lightzero" else "tree"
+    state = {"at": root.state, "over": np.zeros(50, bool)}
+    by = SearchConfig(num_simulations=40, tree=tree, q_transform=transform)
+    model = TreeModel(1, 1, step)
+    clean, dirty = (
+        tree_search(
+            PLAY,
+            jax.random.key(0),
+            dataclasses.replace(root, state=state, data=np.full(50, data, np.int32)),
+            model,
+            search=by,
+            return_tree=True,
+        )
+        for data in (0, 1)
+    )
+    assert dirty.finite.all()
+    np.testing.assert_array_equal(dirty.visit_counts, clean.visit_counts)
+    np.testing.assert_array_equal(dirty.root_value, clean.root_value)
+    over = np.asarray(clean.tree.state["over"])[:, 1:]
+    parents = np.take_along_axis(over, np.maximum(np.asarray(clean.tree.parent)[:, 1:] - 1, 0), 1)
+    assert (over & parents).sum() > 50  # nodes behind ends
+
+
 BLOCK, SIZE = 3, 8
 
 
