@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from kvjax.config import SearchConfig
+from kvjax.mcts.protocol import Root, TreeModel
 from kvjax.mcts.tokens import Tokens
 from kvjax.mcts.tree import CHILD, PRIOR, RAW, REWARD, ROOT, VISITS, Q, Tree
 
@@ -56,12 +57,10 @@ class SearchTree:
         return jax.tree.map(lambda table: table[self.slots, rows], self.tables)
 
 
-def of(tree: Tree, tokens: Tokens, network_value: jax.Array, search: SearchConfig) -> SearchTree:
-    """The trees of a search that kept each node's raw value.
-
-    Args:
-      network_value: [B], of the roots.
-    """
+def of(
+    tree: Tree, tokens: Tokens, root: Root, model: TreeModel, search: SearchConfig
+) -> SearchTree:
+    """The trees of a search that kept each node's raw value."""
     edges = jnp.moveaxis(tree.edges, 1, 0)  # [B, N, F, A]
     rows, nodes, _, actions = edges.shape
     child = edges[:, :, CHILD].astype(jnp.int32).reshape(rows, -1)
@@ -80,17 +79,24 @@ def of(tree: Tree, tokens: Tokens, network_value: jax.Array, search: SearchConfi
         above = jnp.take_along_axis(above, above, axis=1)
     prior = edges[:, :, PRIOR]
     prior = jnp.maximum(prior, 0.0) if search.tree == "lightzero" else jax.nn.softmax(prior)
+    tables = tokens.tables
+    if model.in_place:
+        tables = jax.tree.map(
+            lambda window, table: jnp.concatenate([window.swapaxes(0, 1), table]),
+            root.tokens,
+            tables,
+        )
     return SearchTree(
         parent=parent,
         action=by_child(jnp.broadcast_to(place % actions, child.shape), NO_NODE),
         depth=depth,
         visits=by_child(edges[:, :, VISITS].astype(jnp.int32), 0),
         reward=by_child(edges[:, :, REWARD], 0.0),
-        value=by_child(edges[:, :, RAW], 0.0).at[:, ROOT].set(network_value),
+        value=by_child(edges[:, :, RAW], 0.0).at[:, ROOT].set(root.value),
         prior=prior,
         q_values=edges[:, :, Q],
         length=tokens.length.T,
         state=jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), tokens.state),
-        tables=tokens.tables,
+        tables=tables,
         slots=jnp.moveaxis(tokens.slots, 0, 1),
     )

@@ -32,7 +32,7 @@ from kvjax.base.values import require
 from kvjax.config import SearchConfig
 from kvjax.mcts import tree as trees
 from kvjax.mcts.protocol import Root, TreeModel
-from kvjax.mcts.tokens import Tokens, empty_tokens
+from kvjax.mcts.tokens import Tokens, empty_tokens, first_own
 from kvjax.mcts.tree import CHILD, PRIOR, ROOT, UNVISITED, VALUE, VISITS, Q, Rules, Tree
 
 _NO_STEP = -2
@@ -170,7 +170,7 @@ def promote(
         high=jnp.where(goes_on, old.high, tree.high),
         total_depth=tree.total_depth,
     )
-    take_tokens = functools.partial(_take_tokens, size_of_block=model.block)
+    take_tokens = functools.partial(_take_tokens, first=first_own(model), size_of_block=model.block)
     tokens_by_row = jax.vmap(take_tokens, in_axes=(1, 1, 0, 1), out_axes=1)
     return grown, tokens_by_row(kept.tokens, tokens, child, nodes)
 
@@ -212,7 +212,13 @@ def _take_edges(old: jax.Array, new: jax.Array, nodes: _Renumbered) -> jax.Array
 
 
 def _take_tokens(
-    old: Tokens, new: Tokens, child: jax.Array, nodes: _Renumbered, *, size_of_block: int
+    old: Tokens,
+    new: Tokens,
+    child: jax.Array,
+    nodes: _Renumbered,
+    *,
+    first: int,
+    size_of_block: int,
 ) -> Tokens:
     """One tree's tokens: tables [M, ...], slots [N, T], lengths [N], states [N, ...].
 
@@ -230,8 +236,8 @@ def _take_tokens(
         return jnp.where(nodes.used[1:].reshape(-1, *[1] * (came.ndim - 1)), came, begun)
 
     def take(kept: jax.Array, begun: jax.Array) -> jax.Array:
-        own_tokens = kept[size:].reshape(num_nodes - 1, size_of_block, *kept.shape[1:])
-        here = slice(size, size + size_of_block * below.shape[0])
+        own_tokens = kept[first:].reshape(num_nodes - 1, size_of_block, *kept.shape[1:])
+        here = slice(first, first + size_of_block * below.shape[0])
         room = begun[here].reshape(below.shape[0], size_of_block, *kept.shape[1:])
         came = chosen(own_tokens[below - 1], room)
         return begun.at[here].set(came.reshape(begun[here].shape))

@@ -1,8 +1,9 @@
 """A search in which a node stores only its own tokens, whatever the context length.
 
-Tokens of all nodes lie in tables, the roots' contexts first. A node is a list of indices into them,
-so that a window is one gather and dropping a block is a shift of indices. The search owns tables,
-slots and trees; what a token is, how it is read and what positions add is the model's affair.
+Tokens of all nodes lie in tables, the roots' contexts first (where windows are read in place they
+lie with the model instead). A node is a list of indices into them, so that a window is one gather
+and dropping a block is a shift of indices. The search owns tables, slots and trees; what a token
+is, how it is read and what positions add is the model's affair.
 
 Shapes: B rows, K tokens that a step adds, T slots of a stored window, M tokens per row, N nodes, A
 actions.
@@ -27,15 +28,15 @@ from kvjax.mcts.tree import Rules, Tree
 class Tokens:
     """Tokens of B trees, and each node's window as indices into them."""
 
-    tables: Any  # pytree of [M, B, ...]
-    slots: jax.Array  # [N, B, T] int32 indices along M
+    tables: Any  # pytree of [M, B, ...]; without the roots' T tokens if they are read in place
+    slots: jax.Array  # [N, B, T] int32 indices along M, as if the roots' tokens came first
     length: jax.Array  # [N, B] int32
     state: Any = None  # pytree of [N, B, ...]
 
 
 def empty_tokens(model: TreeModel, root: Root, nodes: int) -> Tokens:
     """Tables of zeros and nodes without a window, for the tokens and states of such roots."""
-    rows, size = root.length.shape[0], model.size + model.block * (nodes - 1)
+    rows, size = root.length.shape[0], first_own(model) + model.block * (nodes - 1)
 
     def tokens(x: jax.Array) -> jax.Array:
         return jnp.zeros((size, rows, *x.shape[2:]), x.dtype)
@@ -51,18 +52,25 @@ def empty_tokens(model: TreeModel, root: Root, nodes: int) -> Tokens:
     )
 
 
+def first_own(model: TreeModel) -> int:
+    """Where in the tables the first token lies that a step has added."""
+    return 0 if model.in_place else model.size
+
+
 def init_tokens(model: TreeModel, root: Root, nodes: int) -> Tokens:
     """Tables that hold the roots."""
     empty, size = empty_tokens(model, root, nodes), model.size
-    valid = _slots(size) < root.length[:, None]
+    tables, valid = empty.tables, _slots(size) < root.length[:, None]
 
     def put(table: jax.Array, part: jax.Array) -> jax.Array:
         mask = valid.reshape(*valid.shape, *[1] * (part.ndim - 2))
         held = jnp.moveaxis(jnp.where(mask, part, 0), 0, 1)
         return table.at[:size].set(held.astype(table.dtype))
 
+    if not model.in_place:
+        tables = jax.tree.map(put, tables, root.tokens)
     return Tokens(
-        tables=jax.tree.map(put, empty.tables, root.tokens),
+        tables=tables,
         slots=empty.slots.at[trees.ROOT].set(_slots(size)),
         length=empty.length.at[trees.ROOT].set(root.length),
         state=jax.tree.map(lambda x, of: x.at[trees.ROOT].set(of), empty.state, root.state),
@@ -99,9 +107,10 @@ def _write(
     extended = jnp.where((offset >= 0) & (offset < block), first + offset, shifted)
     node = simulation + 1
     update = jax.lax.dynamic_update_slice_in_dim
+    own = first_own(model) + block * simulation
     return Tokens(
         tables=jax.tree.map(
-            lambda table, x: update(table, x.astype(table.dtype), first, 0), tokens.tables, new
+            lambda table, x: update(table, x.astype(table.dtype), own, 0), tokens.tables, new
         ),
         slots=update(tokens.slots, extended[None].astype(jnp.int32), node, 0),
         length=update(tokens.length, (start[:, 0] + block)[None], node, 0),
@@ -180,6 +189,7 @@ def _read(
     place = first[:, None] + _slots(size if count is None else count)
     if count is not None:
         slots = jnp.take_along_axis(slots, jnp.minimum(place, size - 1), axis=1)
+        slots = jnp.maximum(slots - size, 0)
     held = jax.tree.map(lambda table: table[slots, rows[:, None]], tables)
     return held, place < length[:, None], at_root
 

@@ -18,6 +18,7 @@ from kvjax import (
     Transition,
     TreeModel,
     init_contexts,
+    init_kept,
     prepare,
     search,
     tree_search,
@@ -254,28 +255,30 @@ def test_own_tokens_search_as_windows_do(tree):
 
 @pytest.mark.parametrize("mode", ["learned", "rope_lightzero", "rope_consistent", "reset"])
 def test_windows_read_in_place(mode, monkeypatch):
-    """The same search as with copied windows: short, full and slid ones, shallow and deep paths."""
-    config, by = with_mode(SMALL, mode), SearchConfig(num_simulations=40, tree="muzero")
+    """The same search as with copied windows: short, full and slid ones, with what was kept."""
+    config, by = with_mode(SMALL, mode), SearchConfig(40, tree="muzero", kept_nodes=20)
     params, rng = random_params(config), np.random.default_rng(1)
     contexts, action, depths = init_contexts(config, 2), np.full(2, -1), []
-    monkeypatch.setattr(unizero_tree, "_LONG", 0)
+    kept = init_kept(config, 2, by)
+    plan = jax.jit(functools.partial(search, config=config, search=by))
+    first = params, jax.random.key(0), contexts, np.ones((2, 5), np.float32), action
+    with monkeypatch.context() as patch:
+        patch.setattr(unizero_tree, "_LONG", 0)
+        unizero_tree.tree_model.cache_clear()
+        kept_in_place = init_kept(config, 2, by)
+        plan_in_place = plan.lower(*first, kept=kept_in_place).compile()
     unizero_tree.tree_model.cache_clear()
-    first = np.ones((2, 5), np.float32)
-    same = (
-        jax.jit(functools.partial(search, config=config, search=by))
-        .lower(params, jax.random.key(0), contexts, first, action)
-        .compile()
-    )
-    monkeypatch.undo()
-    unizero_tree.tree_model.cache_clear()
+    assert kept_in_place.tokens.tables[0].shape[0] < kept.tokens.tables[0].shape[0]
     for step in range(6):
         observation = rng.normal(size=(2, 5)).astype(np.float32)
         given = params, jax.random.key(step), contexts, observation, action
-        moved, out = search(*given, config=config, search=by)
-        _, in_place = same(*given)
-        chex.assert_trees_all_close(in_place, out, atol=2e-4)
+        _, in_place = plan_in_place(*given, kept=kept_in_place)
+        contexts, out = plan(*given, kept=kept)
+        kept, kept_in_place = out.kept, in_place.kept
+        found, wanted = (dataclasses.replace(x, kept=None) for x in (in_place, out))
+        chex.assert_trees_all_close(found, wanted, atol=2e-4)
         np.testing.assert_array_equal(in_place.visit_counts, out.visit_counts)
-        contexts, action = moved, np.array([1, -1]) if step == 2 else np.asarray(out.action)
+        action = np.array([1, -1]) if step == 2 else np.asarray(out.action)
         depths.append(float(out.mean_depth.max()))
     assert max(depths) > 3
 
