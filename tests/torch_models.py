@@ -32,7 +32,13 @@ def make(**changes):
 
     torch.set_num_threads(1)  # small matrices: a second thread only waits
     with warnings.catch_warnings(action="ignore"):
-        return copy.deepcopy(_built(tuple(sorted(changes.items()))))
+        built = _built(tuple(sorted(changes.items())))
+        return copy.deepcopy(built, {id(x): x for x in _tables_of_heads(built)})
+
+
+def _tables_of_heads(model):
+    """Which tokens a head reads: nearly all tensors of a model, and nobody writes to them."""
+    return [part.cache for part in model.modules() if hasattr(part, "compute_slice")]
 
 
 def with_exact_windows(model, flag):
