@@ -1,7 +1,9 @@
 """Recorded trees and episodes of LightZero; and that a wrong search is found out."""
 
+import functools
 import json
 
+import jax
 import numpy as np
 import pytest
 from test_verify import rewritten, set_config
@@ -107,7 +109,8 @@ def test_a_changed_root_value_is_reported(data, tmp_path):
 def test_a_wrong_rule_is_reported(data, tmp_path, monkeypatch):
     path = few_trees(data, tmp_path / "t.npz", count=8)
     monkeypatch.setattr(puct, "_MIN_RANGE", 1e9)
-    monkeypatch.setattr(verify_search, "_grow", verify_search._grow.__wrapped__)  # not compiled yet
+    anew = functools.partial(verify_search._grow.__wrapped__)  # not compiled yet
+    monkeypatch.setattr(verify_search, "_grow", jax.jit(anew, static_argnames="config"))
     report = verify_trees(path)
     assert report.found["identical_visits"] < 6
     assert not report.ok

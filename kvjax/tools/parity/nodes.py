@@ -65,23 +65,24 @@ class Carried:
 
     def imagine(self, parent: Array, action: Array, depth: Array) -> Prediction:
         """Makes a child of node `parent[b]` in each row b, at a depth of 1 or more."""
-        rows = [jax.tree.map(lambda x, b=b: x[b], self._nodes[i]) for b, i in enumerate(parent)]
-        window = jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
+        parents = [self._nodes[i] for i in parent]
         asked = action.astype(np.int32), depth.astype(np.int32), self._timestep
         prediction: Prediction
-        child, prediction = self._imagine(self._model, window, *asked)
+        child, prediction = self._imagine(self._model, parents, *asked)
         self._nodes.append(child)
         return prediction
 
 
 def _recurrent_step(
     model: UniZero,
-    window: Window,
+    parents: list[Window],
     *rows: jax.Array,
     config: WorldModelConfig,
     pads_are_read: bool,
 ) -> tuple[Window, Prediction]:
-    """The batched step; in release 0.2.0 each row reads the padding of its batch."""
+    """The batched step from row b of window b; in 0.2.0 each row reads the padding of its batch."""
+    windows = [jax.tree.map(lambda x, b=b: x[b], parent) for b, parent in enumerate(parents)]
+    window = jax.tree.map(lambda *leaves: jnp.stack(leaves), *windows)
     pads = jnp.max(window.length) - window.length if pads_are_read else None
     return step.recurrent_step(model, window, *rows, config=config, zero_keys=pads)
 
@@ -99,9 +100,8 @@ class Stored:
     @property
     def roots(self) -> Window:
         """The roots' windows [B, ...]."""
-        return stores.take(
-            self.store, stores.resolve(self.store, self._handle, jnp.asarray(self._rows))
-        )
+        window: Window = _named(self.store, self._handle, self._rows)
+        return window
 
     def observe(self, last_latent: Any, action: Array, latent: Any, timestep: Array) -> Root:
         """Makes roots of what the environments did; see `kvjax.initial_inference`."""
@@ -119,6 +119,12 @@ class Stored:
         self.store, out = recurrent_inference(self._model, self.store, *asked, **options)
         self._latents.append(np.asarray(out.latent))
         return out
+
+
+@jax.jit
+def _named(store: Store, handle: jax.Array, env_id: jax.Array) -> Window:
+    """Windows of handles [B] in environments [B]."""
+    return stores.take(store, stores.resolve(store, handle, env_id))
 
 
 def network(nodes: Carried | Stored, config: WorldModelConfig) -> Network:

@@ -142,16 +142,16 @@ def _compare_root(
 ) -> Iterator[Comparison]:
     yield "policy_logits", np.asarray(policy), recorded["policy_logits"]
     yield "value_logits", np.asarray(value), recorded["value_logits"]
-    lengths = np.asarray(window.length)
+    lengths, kv = np.asarray(window.length), np.asarray(window.kv)
     held = np.array([recorded[f"k{env}"].shape[2] for env in range(len(lengths))])
     # A recorded length that is not that of the recorded keys equals none.
     stored = np.where(recorded["length"] == held, held, 0)
     yield _LENGTH, lengths, stored
     for env, length in enumerate(lengths):
         if length == stored[env]:
-            kv = np.asarray(window.kv[env, :length]).transpose(2, 1, 3, 0, 4)  # [2, L, H, n, D]
-            yield "k", kv[0], recorded[f"k{env}"]
-            yield "v", kv[1], recorded[f"v{env}"]
+            keys, values = kv[env, :length].transpose(2, 1, 3, 0, 4)  # [L, H, n, D] each
+            yield "k", keys, recorded[f"k{env}"]
+            yield "v", values, recorded[f"v{env}"]
 
 
 def _compare_prediction(

@@ -113,7 +113,7 @@ def _search_in_jit(recorded: Sequence[RecordedTree]) -> list[tuple[Array, float]
         discount = np.float32(batch[0].config.discount)
         batch += batch[-1:] * ((1 << (len(batch) - 1).bit_length()) - len(batch))
         table = {
-            name: jnp.asarray(np.stack([_padded(getattr(one, name), config) for one in batch]))
+            name: np.stack([_padded(getattr(one, name), config) for one in batch])
             for name in ("reward", "value", "logits")
         }
         prior = _priors(batch)
@@ -132,12 +132,19 @@ def _padded(table: Array, config: SearchConfig) -> Array:
 
 def _priors(batch: Sequence[RecordedTree]) -> jax.Array:
     """Priors [B, A] of the roots, their recorded noise mixed in."""
-    legal = jnp.asarray(np.stack([tree.legal for tree in batch]))
-    prior = puct.softmax(jnp.asarray(np.stack([tree.root_logits for tree in batch])), legal)
+    logits = np.stack([tree.root_logits for tree in batch])
+    legal = np.stack([tree.legal for tree in batch])
     none = np.zeros(legal.shape[1], np.float32)
     noise = np.stack([none if tree.noise is None else tree.noise for tree in batch])
     noisy = np.array([tree.noise is not None for tree in batch])[:, None]
-    mixed = prior * (1 - NOISE_FRACTION) + NOISE_FRACTION * noise.astype(np.float32)
+    mixed: jax.Array = _mixed(logits, legal, noise.astype(np.float32), noisy)
+    return mixed
+
+
+@jax.jit
+def _mixed(logits: jax.Array, legal: jax.Array, noise: jax.Array, noisy: jax.Array) -> jax.Array:
+    prior = puct.softmax(logits, legal)
+    mixed = prior * (1 - NOISE_FRACTION) + NOISE_FRACTION * noise
     return jnp.where(legal, jnp.where(noisy, mixed, prior), puct.ILLEGAL)
 
 
