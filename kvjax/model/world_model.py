@@ -8,6 +8,7 @@ It makes and names the variables, which training changes. What searches and step
 Shapes: E embedding size, L layers, H heads, D head size, A actions, S support bins.
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -225,6 +226,13 @@ def init_params(rng: jax.Array, config: WorldModelConfig) -> Params:
     Returns:
       Flax variables.
     """
+    params: Params = _init(rng, config=config)
+    return params
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _init(rng: jax.Array, *, config: WorldModelConfig) -> Params:
+    """One program, and traced once for a configuration, of which shapes are often asked."""
     window = windows.init(config.window)
     observation = jnp.zeros(config.observation_shape, jnp.float32)
     return WorldModel(config).init(rng, observation, jnp.zeros((), jnp.int32), window)
@@ -232,7 +240,8 @@ def init_params(rng: jax.Array, config: WorldModelConfig) -> Params:
 
 def params_shapes(config: WorldModelConfig) -> Params:
     """Shapes and dtypes of a model's variables, as `jax.ShapeDtypeStruct` leaves."""
-    return jax.eval_shape(lambda: init_params(jax.random.key(0), config))
+    shapes: Params = _init.eval_shape(jax.random.key(0), config=config)  # type: ignore[no-untyped-call]
+    return shapes
 
 
 def check_parameter(name: str, value: np.ndarray[Any, Any], shape: tuple[int, ...]) -> None:
