@@ -63,7 +63,12 @@ def init_contexts(config: WorldModelConfig, num_envs: int) -> Contexts:
       ValueError: `num_envs` is not a positive integer.
     """
     require_type("config", config, WorldModelConfig, "kvjax.WorldModelConfig")
-    num_envs = require_count("num_envs", num_envs)
+    contexts: Contexts = _empty_contexts(config, require_count("num_envs", num_envs))
+    return contexts
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _empty_contexts(config: WorldModelConfig, num_envs: int) -> Contexts:
     empty = windows.init(config.window)
     window = jax.tree.map(lambda x: jnp.zeros((num_envs, *x.shape), x.dtype), empty)
     return Contexts(window=window, timestep=jnp.full((num_envs,), -1, jnp.int32))

@@ -18,7 +18,7 @@ import numpy as np
 
 from kvjax.base import display, loops
 from kvjax.base.arrays import is_deleted
-from kvjax.base.values import require, require_count, require_type
+from kvjax.base.values import require, require_count, require_one_of, require_type
 from kvjax.config import WorldModelConfig
 from kvjax.ops import hashing
 from kvjax.ops import window as windows
@@ -112,6 +112,21 @@ def init_store(
         f"node_slots {node_slots} cannot hold a search of {num_envs} environments and"
         f" {num_simulations} simulations: at least {search_size} are needed",
     )
+    require_one_of("eviction", eviction, pools.EVICTIONS)
+    store: Store = _empty(config, num_envs, root_slots, node_slots, eviction, bool(verify_keys))
+    return store
+
+
+@functools.partial(jax.jit, static_argnums=range(6))
+def _empty(
+    config: WorldModelConfig,
+    num_envs: int,
+    root_slots: int,
+    node_slots: int,
+    eviction: pools.Eviction,
+    verify_keys: bool,
+) -> Store:
+    """See `init_store`; one program makes all arrays."""
     spare = config.window.context_length - config.window.kept_length
     entry = _pack(windows.init(config.window), spare)
     key_lanes = hashing.KEY_LANES + (config.embed_dim if verify_keys else 0)
