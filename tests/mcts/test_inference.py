@@ -36,8 +36,8 @@ ATOL = 1e-5
 
 initial = functools.partial(initial_inference, PARAMS, config=SMALL)
 recurrent = functools.partial(recurrent_inference, PARAMS, config=SMALL)
-push = jax.jit(functools.partial(one_row.root_step, PARAMS, config=SMALL))
-imagine = jax.jit(functools.partial(one_row.recurrent_step, PARAMS, config=SMALL))
+push = functools.partial(one_row.root_step, PARAMS, config=SMALL)
+imagine = functools.partial(one_row.recurrent_step, PARAMS, config=SMALL)
 check_invariants = jax.jit(pools.check_invariants)
 
 
@@ -139,18 +139,16 @@ def test_an_episode_with_mixed_restarts_equals_carried_windows():
 
 
 def test_rows_name_their_environments_in_any_order():
+    order = np.array([2, 0, 1])
     store, _ = first_step(fresh(), latents(0))
-    store, _ = first_step(store, latents(1, rows=2), env_id=np.array([2, 0]))
+    store, _ = first_step(store, latents(1), env_id=order)
     one_action = np.array([1], np.int32)
-    together = initial(
-        store, latents(1, 2), np.array([1, 1]), latents(5, 2), np.array([2, 0]), zeros(2)
-    )
-    store, out = together
+    store, out = initial(store, latents(1), np.ones(3, int), latents(5), order, zeros())
     assert out.hit.all()
-    store, _ = first_step(store, latents(1, rows=2), env_id=np.array([2, 0]))
-    for b, env in enumerate((2, 0)):
+    store, _ = first_step(store, latents(1), env_id=order)
+    for b, env in enumerate(order):
         store, alone = initial(
-            store, latents(1, 2)[[b]], one_action, latents(5, 2)[[b]], np.array([env]), zeros(1)
+            store, latents(1)[[b]], one_action, latents(5)[[b]], np.array([env]), zeros(1)
         )
         assert alone.hit.all()
         np.testing.assert_allclose(alone.policy[0], out.policy[b], atol=ATOL)
@@ -226,7 +224,13 @@ def test_error_policy_raises_and_stores_nothing(step_name):
 
 def test_first_steps_are_no_misses():
     first_step_out = initial(
-        fresh(), latents(9), zeros() - 1, latents(0), np.arange(ENVS), zeros(), miss_policy="error"
+        fresh(eviction="lru"),
+        latents(9),
+        zeros() - 1,
+        latents(0),
+        np.arange(ENVS),
+        zeros(),
+        miss_policy="error",
     )[1]
     assert not first_step_out.hit.any()
 
@@ -257,9 +261,9 @@ def test_equal_latents_of_two_histories_are_kept_apart_by_handle():
     params = jax.tree.map(lambda x: x, PARAMS)
     for name, leaf in params["params"]["latent_head"]["output"].items():
         params["params"]["latent_head"]["output"][name] = jnp.zeros_like(leaf)
-    exact = jax.jit(functools.partial(one_row.recurrent_step, params, config=SMALL))
+    exact = functools.partial(one_row.recurrent_step, params, config=SMALL)
     by_slot = functools.partial(recurrent_inference, params, config=SMALL)
-    store, root = first_step(fresh(), latents(0))
+    store, root = first_step(fresh(root_slots=1), latents(0))
     parent_windows = window_of(store, root, np.arange(ENVS))
     children = {}
     for action in (0, 1):
@@ -356,11 +360,8 @@ def test_statistics():
 
 
 def test_evictions_are_counted_and_an_evicted_row_has_no_slot():
-    store = init_store(SMALL, 1, 4, root_slots=1)
-    same = np.zeros(2, np.int32)
-    store, out = first_step(store, latents(0, rows=2), env_id=same)
-    assert out.slot.tolist()[0] == NO_SLOT
-    assert out.slot.tolist()[1] != NO_SLOT
+    store, out = first_step(fresh(root_slots=1), latents(0), env_id=np.array([1, 1, 2]))
+    assert (out.slot == NO_SLOT).tolist() == [True, False, False]
     assert (stats(store)["root_evictions"], stats(store)["not_stored"]) == (1, 1)
 
 
