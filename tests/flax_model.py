@@ -5,6 +5,7 @@ The arguments are those of `kvjax.model.step`, with variables in place of the fo
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 
 from kvjax.base import loops
@@ -16,10 +17,10 @@ from kvjax.ops import window as windows
 
 
 def _method(name):
-    def apply(params, *args, config, **kwargs):
-        return WorldModel(config).apply(params, *args, method=name, **kwargs)
+    def apply(params, *args, config):
+        return WorldModel(config).apply(params, *args, method=name)
 
-    return apply
+    return jax.jit(apply, static_argnames="config")
 
 
 encode, embed_action, positions = map(_method, ("encode", "embed_action", "positions"))

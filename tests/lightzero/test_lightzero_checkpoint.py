@@ -30,7 +30,7 @@ def state(data):
 
 
 def replayed_logits(config, params, observed, actions):
-    push = jax.jit(functools.partial(one_row.root_step, params, config=config))
+    push = functools.partial(one_row.root_step, params, config=config)
     encode = functools.partial(flax_model.encode, params, config=config)
     window, logits = windows.init(config.window), []
     for t, observation in enumerate(observed):

@@ -24,12 +24,11 @@ GROUPS = dataclasses.replace(SMALL, simnorm_group=4)
 @pytest.mark.parametrize("config", [SMALL, MAIN, GROUPS], ids=["0.2.0", "main", "groups of 4"])
 def test_folded_model_equals_the_model(config):
     params = random_params(config)
-    folded = unizero.fold(params, config=config)
-    length = jnp.asarray([0, 1, 3, 5])
-    valid = jnp.arange(8) < length[:, None]
+    length = np.asarray([0, 1, 3, 5], np.int32)
+    valid = np.arange(8) < length[:, None]
     kv = np.random.default_rng(0).normal(size=(4, 8, *config.window.token_shape))
-    kv = jnp.asarray(kv * valid[..., None, None, None, None], jnp.float32)
-    action = jnp.asarray([0, 1, 2, 0])
+    kv = np.asarray(kv * valid[..., None, None, None, None], np.float32)
+    action = np.asarray([0, 1, 2, 0], np.int32)
 
     def one_row(action, window):
         token = flax_model.embed_action(params, action, config=config)
@@ -38,16 +37,21 @@ def test_folded_model_equals_the_model(config):
         policy, value = flax_model.read_observation(params, hidden, config=config)
         return own, reward, latent, policy, value
 
-    expected = jax.vmap(one_row)(action, windows.Window(kv, length))
-    x = unizero.place(folded, unizero.embed_action(folded, action), length)
-    cached = tuple(
-        tuple(kv[:, :, layer, kind].reshape(*kv.shape[:2], -1) for kind in range(2))
-        for layer in range(config.num_layers)
-    )
-    x, own = unizero.token_step(folded, x, cached, valid, config=config)
-    own = jnp.stack(own, axis=1).reshape(4, *config.window.token_shape)
-    heads = (*unizero.at_action(folded, x, config=config), *unizero.at_observation(folded, x))
-    for ours, theirs in zip((own, *(head.T for head in heads)), expected, strict=True):
+    def all_rows(params, action, kv, length, valid):
+        folded = unizero.fold(params, config=config)
+        x = unizero.place(folded, unizero.embed_action(folded, action), length)
+        cached = tuple(
+            tuple(kv[:, :, layer, kind].reshape(*kv.shape[:2], -1) for kind in range(2))
+            for layer in range(config.num_layers)
+        )
+        x, own = unizero.token_step(folded, x, cached, valid, config=config)
+        own = jnp.stack(own, axis=1).reshape(4, *config.window.token_shape)
+        heads = (*unizero.at_action(folded, x, config=config), *unizero.at_observation(folded, x))
+        return own, *(head.T for head in heads)
+
+    expected = jax.jit(jax.vmap(one_row))(action, windows.Window(kv, length))
+    found = jax.jit(all_rows)(params, action, kv, length, valid)
+    for ours, theirs in zip(found, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 

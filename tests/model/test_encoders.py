@@ -1,6 +1,7 @@
 """Image encoders: parity with LightZero's own modules, and what loading says of their variants."""
 
 import dataclasses
+import functools
 
 import flax_model
 import jax
@@ -61,8 +62,9 @@ def models():
     return {shape: build(shape) for shape in SHAPES}
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def encode(config, params, observation):
-    return jax.jit(jax.vmap(lambda x: flax_model.encode(params, x, config=config)))(observation)
+    return jax.vmap(lambda x: flax_model.encode(params, x, config=config))(observation)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 
 import flax_model
-import jax
 import jax.numpy as jnp
 import numpy as np
 import one_row
@@ -27,7 +26,7 @@ def play(config, params, steps, seed=0, dtype=np.float32):
     rng = np.random.default_rng(seed)
     actions = rng.integers(config.num_actions, size=steps)
     latents = rng.normal(size=(steps, config.embed_dim)).astype(dtype)
-    push = jax.jit(functools.partial(one_row.root_step, params, config=config))
+    push = functools.partial(one_row.root_step, params, config=config)
     window, out = windows.init(config.window), []
     for t in range(steps):
         action = np.int32(actions[t - 1] if t else step.FIRST_STEP)

@@ -122,9 +122,14 @@ def test_slide_adds_the_projected_difference_of_positions():
 @pytest.mark.parametrize("jit", [True, False])
 def test_batch_row_equals_row_alone_at_unequal_lengths(config, jit):
     params = random_params(config)
-    imagine = functools.partial(one_row.recurrent_step, params, config=config)
-    push = functools.partial(one_row.root_step, params, config=config)
-    maybe_jit = jax.jit if jit else lambda f: f
+    steps = one_row.recurrent_step, one_row.root_step
+    imagine, push = (functools.partial(f, params, config=config) for f in steps)
+    imagine_all, push_all = (
+        jax.jit(jax.vmap(functools.partial(f, params, config=config)))
+        if jit
+        else jax.vmap(functools.partial(f.__wrapped__, params, config=config))
+        for f in steps
+    )
     rows = []
     for steps in (1, 2, 3, 4):
         actions, latents = episode(config, steps, seed=steps)
@@ -135,8 +140,8 @@ def test_batch_row_equals_row_alone_at_unequal_lengths(config, jit):
     last_action = jnp.asarray([0, -1, 1, 2])  # the second row restarts among the others
     latent = jnp.asarray(episode(config, 4)[1])
     depth = jnp.arange(1, 5)
-    imagined = maybe_jit(jax.vmap(imagine))(batch, action, depth, depth)
-    pushed = maybe_jit(jax.vmap(push))(batch, last_action, latent, depth)
+    imagined = imagine_all(batch, action, depth, depth)
+    pushed = push_all(batch, last_action, latent, depth)
     for b, window in enumerate(rows):
         alone = imagine(window, action[b], depth[b], depth[b])
         chex.assert_trees_all_close(jax.tree.map(lambda x, b=b: x[b], imagined), alone, atol=ATOL)
