@@ -16,6 +16,7 @@ from kvjax.store import pool as pools
 from kvjax.store.pool import NO_SLOT
 
 SLOTS, SEGMENTS, ROWS, UNIVERSE = 3, 2, 4, 7
+MOST_ROWS = 5
 
 
 class Oracle:
@@ -55,13 +56,16 @@ class Oracle:
         self.slots = [None if s and s[0] == key else s for s in self.slots]
 
 
-def key(number):
-    return np.asarray(hashing.latent_key(jnp.full(2, float(number)), jnp.int32(0), jnp.uint32(0)))
+@jax.jit
+@jax.vmap
+def keys_of(latent):
+    return hashing.latent_key(latent, jnp.int32(0), jnp.uint32(0))
 
 
-KEYS = np.stack([key(i) for i in range(UNIVERSE)])
+KEYS = np.asarray(keys_of(np.repeat(np.arange(UNIVERSE, dtype=np.float32)[:, None], 2, axis=1)))
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def make(eviction, num_slots=SLOTS, num_segments=SEGMENTS):
     return pools.init(
         jnp.zeros((2,)), num_slots=num_slots, num_segments=num_segments, eviction=eviction
@@ -90,12 +94,24 @@ def remove_key(pool, key):
     return pools.remove(pool, jnp.all(pool.records[:-1, pools.KEY :] == key, axis=1))
 
 
-def put(pool, numbers, segments=None, entries=None, **options):
-    """Adds keys by number; each entry is the number itself unless said."""
-    entries = numbers if entries is None else entries
-    rows = np.tile(np.asarray(entries, np.float32)[:, None], (1, 2))
-    segments = np.zeros(len(numbers), np.int32) if segments is None else np.asarray(segments)
-    return add(pool, KEYS[list(numbers)], segments, rows, **options)
+def put(pool, numbers, segments=None, entries=None, valid=None, priorities=None, **options):
+    """Adds keys by number; each entry is the number itself unless said.
+
+    Rows that are not valid fill a batch up, so that few programs serve all tests.
+    """
+    count = len(numbers)
+
+    def filled(rows, dtype):
+        return np.pad(np.asarray(rows, dtype), (0, MOST_ROWS - count))
+
+    entries = filled(numbers if entries is None else entries, np.float32)
+    segments = filled(np.zeros(count) if segments is None else segments, np.int32)
+    valid = filled(np.ones(count) if valid is None else valid, bool)
+    if priorities is not None:
+        options["priorities"] = filled(priorities, np.float32)
+    rows = KEYS[filled(numbers, int)], segments, np.stack([entries, entries], axis=1)
+    pool, slots, evicted = add(pool, *rows, valid=valid, **options)
+    return pool, np.asarray(slots)[:count], np.asarray(evicted)[:count]
 
 
 def stored(pool, segment=0):
@@ -227,7 +243,7 @@ def apply_add(pool, oracles, numbers, segments, priorities, valid, entry):
 
 
 def test_fifo_keeps_the_age_of_a_rewritten_key():
-    pool = make("fifo", num_slots=2, num_segments=1)
+    pool = make("fifo", 2)
     for number in (1, 2, 1, 3):
         pool, _, _ = put(pool, [number])
     assert stored(pool) == [3, 2]
@@ -235,14 +251,14 @@ def test_fifo_keeps_the_age_of_a_rewritten_key():
 
 def test_a_live_key_is_not_lost():
     """LightZero's ring loses A after A, B, A, C in three slots."""
-    pool = make("fifo", num_segments=1)
+    pool = make("fifo")
     for number in (0, 1, 0, 2):
         pool, _, _ = put(pool, [number])
     assert stored(pool) == [0, 1, 2]
 
 
 def test_lru_hits_and_rewrites_refresh():
-    pool = make("lru", num_segments=1)
+    pool = make("lru")
     pool, slots, _ = put(pool, [0, 1, 2])
     pool = touch(pool, slots[:1])  # 0 is used
     pool, _, evicted = put(pool, [3])  # 1 is the oldest
@@ -254,7 +270,7 @@ def test_lru_hits_and_rewrites_refresh():
 
 
 def test_priority_evicts_the_lowest_first_slot_on_ties():
-    pool = make("priority", num_segments=1)
+    pool = make("priority")
     pool, _, _ = put(pool, [0, 1, 2], priorities=jnp.asarray([1.0, -1.0, -1.0]))
     pool, _, _ = put(pool, [3], priorities=jnp.asarray([-5.0]))
     assert stored(pool) == [0, 3, 2]
@@ -273,7 +289,7 @@ def test_priorities_of_every_kind_are_ordered():
 
 
 def test_zeros_of_both_signs_are_a_tie_in_a_compiled_program():
-    pool = make("priority", num_slots=2, num_segments=1)
+    pool = make("priority", 2)
     pool, _, _ = put(pool, [0, 1], priorities=jnp.asarray([0.0, -0.0]))
     pool, _, _ = put(pool, [2], priorities=jnp.asarray([1.0]))
     assert stored(pool) == [2, 1]
@@ -281,14 +297,14 @@ def test_zeros_of_both_signs_are_a_tie_in_a_compiled_program():
 
 @pytest.mark.parametrize("eviction", pools.EVICTIONS)
 def test_without_leave_to_evict_what_has_no_room_is_left_out(eviction):
-    pool, ranks = make(eviction, num_slots=2, num_segments=1), {}
+    pool, ranks = make(eviction, 2), {}
     if eviction == "priority":
         ranks = {"priorities": jnp.arange(4.0)}
     pool, slots, evicted = put(pool, [0, 1, 2, 0], entries=[1, 2, 3, 4], may_evict=False, **ranks)
     assert slots.tolist() == [0, 1, NO_SLOT, 0]
     assert not evicted.any()
     assert stored(pool) == [0, 1]
-    assert pool.entries[:, 0].tolist() == [4.0, 2.0]
+    assert pool.entries[:, 0].tolist() == [4.0, 2.0, 0.0, 0.0]
     assert_sound(pool)
     pool, slots, evicted = put(pool, [4, 5, 6, 1], **ranks)  # with leave
     assert evicted.any()
@@ -322,7 +338,7 @@ def test_a_row_may_evict_what_another_row_just_rewrote():
 
 
 def test_a_key_evicted_and_stored_again_in_one_batch():
-    pool, _, _ = put(make("fifo", num_slots=1), [0])
+    pool, _, _ = put(make("fifo", 1), [0])
     pool, slots, _ = put(pool, [1, 0, 1, 1], entries=[2, 3, 4, 5])
     assert stored(pool) == [1]
     assert slots.tolist() == [0, NO_SLOT, 0, 0]
@@ -373,9 +389,7 @@ def test_jit_equals_no_jit():
 @functools.cache
 def keys_of_one_bucket():
     """Two real keys whose 32-bit buckets are equal: about 12 pairs among 300,000."""
-    latents = jnp.asarray(np.random.default_rng(0).normal(size=(300_000, 2)), jnp.float32)
-    make_keys = jax.vmap(lambda x: hashing.latent_key(x, jnp.int32(0), jnp.uint32(0)))
-    keys = jax.jit(make_keys)(latents)
+    keys = keys_of(np.random.default_rng(0).normal(size=(300_000, 2)).astype(np.float32))
     buckets = np.asarray(jax.jit(jax.vmap(hashing.bucket))(keys))
     order = np.argsort(buckets)
     equal = np.flatnonzero(np.diff(buckets[order]) == 0)
@@ -401,7 +415,7 @@ def test_a_false_match_is_a_miss_and_is_told():
 def test_long_chains():
     """Hundreds of keys through few buckets: every one is found, none is invented."""
     rng = np.random.default_rng(0)
-    pool = make("fifo", num_slots=64, num_segments=1)
+    pool = make("fifo", 64, 1)
     keys = rng.integers(2**32, size=(640, hashing.KEY_LANES), dtype=np.uint32)
     for batch in keys.reshape(20, 32, -1):
         pool, slots, _ = add(pool, batch, jnp.zeros(32, jnp.int32), jnp.ones((32, 2)))
@@ -426,7 +440,7 @@ def test_long_chains():
 def test_invariants_notice_damage(damage):
     pool, _, _ = put(make("fifo"), [0, 1, 2, 3], segments=[0, 0, 1, 1])
     assert_sound(pool)
-    assert not all(bool(holds) for holds in pools.check_invariants(damage(pool)).values())
+    assert not all(bool(holds) for holds in check_invariants(damage(pool)).values())
 
 
 @pytest.mark.optimised
