@@ -1,4 +1,4 @@
-"""The steps of `kvjax.model.step` for one item, by its variables; jitted, plain as `__wrapped__`."""
+"""The steps of `kvjax.model.step` for one item, by its variables; `__wrapped__` is not jitted."""
 
 import functools
 

@@ -126,10 +126,14 @@ def make_case(weights: str, mode: WindowMode, steps: int = STEPS) -> Case:
     # A pole that drifts: positions and angles in the range that the agents saw.
     drift = np.cumsum(rng.normal(size=(steps, 4)), axis=0) / np.sqrt(steps)
     observations = jnp.asarray(drift * [1.0, 0.0, 1.0, 0.0], jnp.float32)
-    model = unizero.fold(params, config=config)
-    latents = unizero.encode(model, observations, config=config)
+    latents = _encode(params, observations, config=config)
     actions = rng.integers(config.num_actions, size=steps - 1).astype(np.int32)
     return Case(config, params, actions, np.asarray(latents))
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _encode(params: Params, observations: jax.Array, *, config: WorldModelConfig) -> jax.Array:
+    return unizero.encode(unizero.fold(params, config=config), observations, config=config)
 
 
 class History:
@@ -186,11 +190,11 @@ def by_cache(case: Case) -> Outputs:
     return Outputs(policy, value, kept)
 
 
-def _tokens(case: Case) -> jax.Array:
+def _tokens(case: Case) -> Array:
     """Raw tokens [N, E]: o0 a0 o1 a1 .."""
-    actions = jax.vmap(_published(case, "embed_action"))(jnp.asarray(case.actions))
-    pairs = jnp.stack([case.latents[:-1], actions], axis=1).reshape(-1, case.config.embed_dim)
-    return jnp.concatenate([pairs, case.latents[-1:]])
+    actions = jax.jit(jax.vmap(_published(case, "embed_action")))(case.actions)
+    pairs = np.stack([case.latents[:-1], np.asarray(actions)], axis=1)
+    return np.concatenate([pairs.reshape(-1, case.config.embed_dim), case.latents[-1:]])
 
 
 def _published(case: Case, method: str) -> Callable[..., Any]:
@@ -198,8 +202,8 @@ def _published(case: Case, method: str) -> Callable[..., Any]:
     return functools.partial(WorldModel(case.config).apply, case.params, method=method)
 
 
-def _heads(case: Case, hidden: jax.Array) -> tuple[Array, Array]:
-    policy, value = jax.vmap(_published(case, "at_observation"))(hidden)
+def _heads(case: Case, hidden: Array) -> tuple[Array, Array]:
+    policy, value = jax.jit(jax.vmap(_published(case, "at_observation")))(hidden)
     return np.asarray(policy), np.asarray(value)
 
 
@@ -208,12 +212,14 @@ def by_history(case: Case, history: History) -> Outputs:
     positions = jnp.asarray(history.positions, jnp.int32)
     whole = jax.jit(_published(case, "sequence"))
     hidden, kv = whole(_tokens(case), positions, jnp.asarray(history.earlier))
-    return Outputs(*_heads(case, hidden[::2]), tuple(np.asarray(kv)[w] for w in history.kept))
+    return Outputs(
+        *_heads(case, np.asarray(hidden)[::2]), tuple(np.asarray(kv)[w] for w in history.kept)
+    )
 
 
 def by_window(case: Case, history: History) -> Outputs:
     """A full pass over each step's window."""
-    tokens = _tokens(case)
+    tokens = jnp.asarray(_tokens(case))
 
     @jax.jit
     @jax.vmap
@@ -226,11 +232,11 @@ def by_window(case: Case, history: History) -> Outputs:
         """Behind its last token, where the tokens before it do not see it."""
         return window + window[-1:] * (case.config.window.full_length - len(window))
 
-    hidden, _ = passes(jnp.asarray([padded(window) for window in history.held]))
-    _, kv = passes(jnp.asarray([padded(window) for window in history.kept]))
-    last = jnp.asarray([len(window) - 1 for window in history.held])
+    hidden, _ = passes(np.array([padded(window) for window in history.held], np.int32))
+    _, kv = passes(np.array([padded(window) for window in history.kept], np.int32))
+    last = np.array([len(window) - 1 for window in history.held])
     kept = tuple(rows[: len(w)] for rows, w in zip(np.asarray(kv), history.kept, strict=True))
-    return Outputs(*_heads(case, hidden[jnp.arange(len(last)), last]), kept)
+    return Outputs(*_heads(case, np.asarray(hidden)[np.arange(len(last)), last]), kept)
 
 
 def compare(ours: Outputs, theirs: Outputs, overflowed: Array) -> Row:
