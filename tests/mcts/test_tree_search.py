@@ -283,6 +283,96 @@ def test_windows_read_in_place(mode, monkeypatch):
     assert max(depths) > 3
 
 
+def plain_lightzero(state, policy, legal, by):
+    """LightZero's rules in plain Python, with discounts of edges, masks and ends: root's visits."""
+    one, f = np.float32(1), np.float32
+
+    def softmax(logits, allowed):
+        exponents = np.where(allowed, np.exp(logits - logits[allowed].max()), f(0)).astype(f)
+        total = f(0)
+        for x in exponents:
+            total += x
+        return np.where(allowed, exponents / total, f(-1))
+
+    def new(state, prior):
+        return {"state": state, "prior": prior, "edges": {}, "visits": 0, "sum": f(0)}
+
+    def q(edge):
+        child = edge["child"]
+        mean = edge["discount"] * (child["sum"] / f(child["visits"]))
+        return edge["reward"] if edge["discount"] == 0 else f(edge["reward"] + mean)
+
+    root, low, high = new(state, softmax(policy, legal)), f(1e6), f(-1e6)
+    root["visits"] = 1
+    for _ in range(by.num_simulations):
+        node, above, path = root, f(0), []
+        while True:
+            tried = sorted(node["edges"])
+            total = f(0)
+            for a in tried:
+                total += q(node["edges"][a])
+            at_root = node is root and tried
+            mean = total / f(len(tried)) if at_root else (above + total) / f(len(tried) + 1)
+            count = f(sum(e["child"]["visits"] for e in node["edges"].values()))
+            weight = np.log((count + f(by.pb_c_base) + one) / f(by.pb_c_base)) + f(by.pb_c_init)
+            scores = []
+            for a in range(ACTIONS):
+                edge = node["edges"].get(a)
+                value = mean if edge is None else q(edge)
+                if high > low:
+                    value = (value - low) / max(high - low, f(0.01))
+                visits = f(0 if edge is None else edge["child"]["visits"])
+                bonus = weight * (np.sqrt(count) / (visits + one)) * node["prior"][a]
+                scores.append(
+                    -np.inf if node["prior"][a] < 0 else bonus + np.clip(value, f(0), one)
+                )
+            action = int(np.argmax(scores))
+            if action not in node["edges"]:
+                break
+            edge = node["edges"][action]
+            path.append(edge)
+            node, above = edge["child"], mean * np.sign(edge["discount"])
+        state = after(node["state"], action)
+        child = new(state, softmax(PLAY["policy"][state], PLAY["legal"][state]))
+        edge = {
+            "child": child,
+            "reward": PLAY["reward"][state],
+            "discount": PLAY["discount"][state],
+        }
+        node["edges"][action] = edge
+        path.append(edge)
+        gain = PLAY["value"][state]
+        for level in reversed(range(len(path))):
+            edge = path[level]
+            edge["child"]["sum"] += gain
+            edge["child"]["visits"] += 1
+            if not any(e["discount"] == 0 for e in path[:level]):
+                low, high = min(low, q(edge)), max(high, q(edge))
+            kept = edge["discount"] * gain
+            gain = edge["reward"] if edge["discount"] == 0 else f(edge["reward"] + kept)
+        root["sum"] += gain
+        root["visits"] += 1
+        of_root = f(by.discount) * (root["sum"] / f(root["visits"]))
+        low, high = min(low, of_root), max(high, of_root)
+    visits = [
+        root["edges"][a]["child"]["visits"] if a in root["edges"] else 0 for a in range(ACTIONS)
+    ]
+    return visits, root["sum"] / f(root["visits"])
+
+
+def test_the_rules_of_lightzero_with_discounts_masks_and_ends():
+    """Against plain Python: two players, ends of episodes, illegal actions inside."""
+    by, root = SearchConfig(num_simulations=40, discount=0.9), roots(4, 30)
+    mask = PLAY["legal"][root.state]
+    given = dataclasses.replace(root, legal=mask)
+    out = tree_search(PLAY, jax.random.key(0), given, TABLES[True], search=by)
+    for b in range(30):
+        visits, value = plain_lightzero(root.state[b], root.policy[b], mask[b], by)
+        assert out.visit_counts[b].tolist() == visits
+        np.testing.assert_allclose(out.root_value[b], value, atol=1e-5)
+    assert out.finite.all()
+
+
 @pytest.mark.parametrize("tree", ["lightzero", "muzero", "gumbel"])
 @pytest.mark.parametrize("junk", [9.0, np.nan, np.inf])
 def test_nothing_behind_an_end_is_heard_of(tree, junk):
