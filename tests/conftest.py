@@ -51,10 +51,8 @@ def pytest_collection_finish():
     gc.freeze()
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _few_programs():
-    """Lets compiled programs go before a worker runs out of memory."""
-    yield
+def let_programs_go():
+    """Lets compiled programs go if a worker would soon run out of memory or of mappings."""
     status = Path("/proc/self")
     if not (status / "statm").exists():
         return
@@ -63,6 +61,12 @@ def _few_programs():
         jax.clear_caches()
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _few_programs():
+    yield
+    let_programs_go()
 
 
 SMALL = WorldModelConfig(

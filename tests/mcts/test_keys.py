@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import let_programs_go
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
@@ -77,6 +78,7 @@ DIFFERED = WorldModelConfig(
 @given(config=models(), rows=st.integers(1, 9), verify_keys=st.booleans(), by_handle=st.booleans())
 def test_what_was_just_stored_is_found(config, rows, verify_keys, by_handle):
     """By its latent, or by its handle; the windows of latents beside it are found by neither."""
+    let_programs_go()  # each example compiles its own
     params = random_weights(config)
     store = init_store(config, rows, DEPTH, root_slots=2, verify_keys=verify_keys)
     rng = np.random.default_rng(rows)
