@@ -74,8 +74,9 @@ class TreeModel:
     """What a search needs of a model. Static: one for each configuration, not one for each call.
 
     Attributes:
-      block: K, tokens that a step adds.
-      size: T, tokens of the longest window that is stored.
+      block: K, tokens that a step adds; 1 for a model without tokens.
+      size: T, tokens of the longest window that is stored; 1 for a model without tokens. A step
+        from a window of L tokens may place its own up to L + K - 1, nodes behind an end included.
       step: `(params, rng, node, action [B]) -> (tokens, state, Transition)`, a pure function. The
         tokens are those of the new node, a pytree of [K, B, ...] like the roots' [B, T, ...]; the
         state is a pytree of [B, ...] like the roots'. It is asked once in each simulation, for all
@@ -119,7 +120,7 @@ class Root:
     Attributes:
       tokens: pytree of [B, T, ...], the window of each row; what lies behind its length is not
         read. `()` for a model without tokens, whose nodes are their state alone.
-      length: [B] int32, tokens of each window, 0 .. T.
+      length: [B] int32, tokens of each window, 0 .. T; None for a model without tokens.
       policy: [B, A], the network's logits.
       value: [B], the network's.
       state: pytree of [B, ...], what belongs to a node beside its tokens: a latent, an environment.
@@ -143,7 +144,9 @@ def root_of(root: Any) -> Root:
       TypeError: it is neither.
     """
     if isinstance(root, Root):
-        return root
+        nothing = root.length is None and not jax.tree.leaves(root.tokens)
+        no_tokens = np.zeros(np.shape(root.value), np.int32)
+        return dataclasses.replace(root, length=no_tokens) if nothing else root
     embedding = getattr(root, "embedding", None)
     if not isinstance(embedding, Mapping) or not {"tokens", "length"} <= set(embedding):
         raise TypeError(

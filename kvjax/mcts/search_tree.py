@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from kvjax.config import SearchConfig
 from kvjax.mcts.protocol import Root, TreeModel
 from kvjax.mcts.tokens import Tokens
-from kvjax.mcts.tree import CHILD, PRIOR, RAW, REWARD, ROOT, VISITS, Q, Tree
+from kvjax.mcts.tree import CHILD, DISCOUNT, PRIOR, RAW, REWARD, ROOT, VISITS, Q, Tree
 
 NO_NODE = -1
 
@@ -28,6 +28,7 @@ class SearchTree:
       depth: [B, N] int32, edges below the root.
       visits: [B, N] int32, of the edge to the node.
       reward: [B, N], of that edge.
+      discount: [B, N], of that edge.
       value: [B, N], the network's of the node.
       prior: [B, N, A], the policy over the node's actions; of a root with its noise.
       q_values: [B, N, A].
@@ -42,6 +43,7 @@ class SearchTree:
     depth: jax.Array
     visits: jax.Array
     reward: jax.Array
+    discount: jax.Array
     value: jax.Array
     prior: jax.Array
     q_values: jax.Array
@@ -58,11 +60,21 @@ class SearchTree:
 
 
 def of(
-    tree: Tree, tokens: Tokens, root: Root, model: TreeModel, search: SearchConfig
+    tree: Tree,
+    tokens: Tokens,
+    root: Root,
+    discount: jax.Array,
+    model: TreeModel,
+    search: SearchConfig,
 ) -> SearchTree:
-    """The trees of a search that kept each node's raw value."""
+    """The trees of a search that kept each node's raw value.
+
+    Args:
+      discount: [] of a step, where edges have none of their own.
+    """
     edges = jnp.moveaxis(tree.edges, 1, 0)  # [B, N, F, A]
-    rows, nodes, _, actions = edges.shape
+    rows, nodes, fields, actions = edges.shape
+    own = edges[:, :, DISCOUNT] if fields > DISCOUNT else jnp.full_like(edges[:, :, Q], discount)
     child = edges[:, :, CHILD].astype(jnp.int32).reshape(rows, -1)
     to = jnp.where(child < 0, nodes, child)
     every_row = jnp.arange(rows, dtype=jnp.int32)[:, None]
@@ -92,6 +104,7 @@ def of(
         depth=depth,
         visits=by_child(edges[:, :, VISITS].astype(jnp.int32), 0),
         reward=by_child(edges[:, :, REWARD], 0.0),
+        discount=by_child(own, 0.0),
         value=by_child(edges[:, :, RAW], 0.0).at[:, ROOT].set(root.value),
         prior=prior,
         q_values=edges[:, :, Q],

@@ -238,7 +238,9 @@ def plan(
         root.policy, root.value, root.legal, fields, facts.masked, model.chance
     )
     output, (tree, tokens) = policies.plan(rng, begins, grow, dials, search)
-    whole = search_tree.of(tree, tokens, root, model, search) if return_tree else None
+    whole = (
+        search_tree.of(tree, tokens, root, dials.discount, model, search) if return_tree else None
+    )
     kept = None if past is None else Kept(tree, tokens, past.timestep)
     return dataclasses.replace(output, kept=kept, tree=whole)
 

@@ -152,8 +152,9 @@ def as_read(
         if first is None:
             added = _parts(model.projected[None, :size])
         else:
-            slots = first[:, None] + jnp.arange(size, dtype=jnp.int32)[None]
-            added = _parts(model.projected[jnp.minimum(slots, len(model.projected) - 1)])
+            room = jnp.pad(model.projected, ((0, size), *[(0, 0)] * 4))
+            take = functools.partial(jax.lax.dynamic_slice_in_dim, room, slice_size=size)
+            added = _parts(jax.vmap(take)(first))
         tokens = [part + at for part, at in zip(tokens, added, strict=True)]
     return tuple(zip(tokens[0::2], tokens[1::2], strict=True))
 

@@ -93,8 +93,7 @@ def by_mctx(play, rng, root, legal, *, masked, by):
 
 def roots(seed, rows=ROWS):
     state = np.random.default_rng(seed).integers(STATES, size=rows).astype(np.int32)
-    length = np.zeros(rows, np.int32)
-    return Root((), length, PLAY["policy"][state], PLAY["value"][state], state=state)
+    return Root((), None, PLAY["policy"][state], PLAY["value"][state], state=state)
 
 
 @pytest.mark.parametrize("tree", ["muzero", "gumbel"])
@@ -137,6 +136,10 @@ def test_the_trees_of_mctx(tree, transform, legal, masked, max_depth, noise, tem
         np.testing.assert_array_equal(grown.parent, other.parents)
         np.testing.assert_array_equal(grown.action, other.action_from_parent)
         np.testing.assert_array_equal(grown.state, other.embeddings)
+        np.testing.assert_array_equal(grown.value, other.raw_values)
+        state = np.asarray(grown.state)[:, 1:]
+        np.testing.assert_array_equal(grown.reward[:, 1:], PLAY["reward"][state])
+        np.testing.assert_array_equal(grown.discount[:, 1:], PLAY["discount"][state])
 
 
 def chance_step(play, rng, node, action):
@@ -226,7 +229,7 @@ def test_an_mctx_user_changes_one_function():
         output, state = recurrent_fn(play, rng, action, node.state, masked=False)
         return (), state, output
 
-    embedding = {"tokens": (), "length": root.length, "state": root.state}
+    embedding = {"tokens": (), "length": np.zeros(4, int), "state": root.state}
     theirs = mctx.RootFnOutput(prior_logits=root.policy, value=root.value, embedding=embedding)
     out = tree_search(PLAY, jax.random.key(0), theirs, TreeModel(1, 1, step), search=by)
     same = tree_search(PLAY, jax.random.key(0), root, TABLES[False], search=by)
@@ -636,6 +639,7 @@ def test_what_a_step_may_not_return(step, kind, message):
             ValueError,
             r"root.length must have shape \(2,\)",
         ),
+        (plain_root(length=None), ValueError, r"root.length must have shape \(2,\), got \(\)"),
         (plain_root(length=np.array([0, 7])), ValueError, r"root.length must be in 0 .. 6"),
         (
             plain_root(length=np.zeros(2)),
