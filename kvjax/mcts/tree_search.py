@@ -105,6 +105,7 @@ def _checked(
         subtree.require_kept_nodes(search)
         require_type("kept", kept, Kept, "kvjax.Kept")
         require(last_action is not None, "kept needs last_action, which led to the roots")
+    before = None
     if search.kept_nodes > 0:
         require(
             not model.chance,
@@ -112,11 +113,11 @@ def _checked(
             " root lies two edges below",
         )
         kept = _begin(params, rng, root, model=model, search=search) if kept is None else kept
-        last_action = _actions(last_action, root)
+        before = kept, _actions(last_action, root)
     dials, search = split(search)
     static = {"model": model, "search": search, "return_tree": return_tree}
     width = sum(np.prod(x.shape[2:], dtype=int) for x in jax.tree.leaves(root.tokens))
-    return (params, rng, root, kept, last_action, dials), static | {"narrow": width <= _NARROW}
+    return (params, rng, root, before, dials), static | {"narrow": width <= _NARROW}
 
 
 def _as_array(x: Any) -> ArrayLike:
@@ -156,8 +157,7 @@ def _tree_search(
     params: Any,
     rng: jax.Array,
     root: Root,
-    kept: Kept | None,
-    last_action: jax.Array | None,
+    before: tuple[Kept, jax.Array] | None,
     dials: Dials,
     *,
     model: TreeModel,
@@ -165,28 +165,22 @@ def _tree_search(
     return_tree: bool,
     narrow: bool,
 ) -> SearchOutput:
+    """`before` is what was kept, and the actions that followed."""
     del narrow
     model, facts = checked(model, params, rng, root)
-
     run = functools.partial(_plan, model=model, facts=facts, search=search, return_tree=return_tree)
-    rows = meshes.rows_of(root.length)
-    arguments = params, rng, root, kept, last_action, dials
-    output: SearchOutput = meshes.run_automatic(run, arguments, by_rows(rows, kept))
+    results = by_rows(meshes.rows_of(root.length), None if before is None else before[0])
+    output: SearchOutput = meshes.run_automatic(run, (params, rng, root, before, dials), results)
     return output
 
 
 def _plan(
-    params: Any,
-    rng: jax.Array,
-    root: Root,
-    kept: Kept | None,
-    last_action: jax.Array | None,
-    dials: Dials,
-    **how: Any,
+    params: Any, rng: jax.Array, root: Root, before: Any, dials: Dials, **how: Any
 ) -> SearchOutput:
     """`plan` for a root that is the user's, whose clock counts searches."""
     past = None
-    if kept is not None and last_action is not None:
+    if before is not None:
+        kept, last_action = before
         past = Past(kept, last_action, jnp.where(last_action < 0, 0, kept.timestep + 1))
     return plan(params, rng, _cast(root), past, dials, raw=True, **how)
 
