@@ -88,10 +88,11 @@ def _step(
     del rng
     read = [part.astype(model.dtype) for part in node.tokens]
     timestep, arranged = node.root
-    view = None
-    if arranged is not None:
-        view = root_window.View(arranged, node.at_root)
-    cached, length = modes.as_read(model, read, config, node.at_root if view else None), node.length
+    if arranged is None:
+        view, cached = None, modes.as_read(model, read, config)
+    else:
+        view, cached = root_window.View(arranged, node.at_root), modes.layers(read)
+    length = node.length
     at_action, at_observation = modes.rotations(timestep, node.depth + 1, config)
     token_step = functools.partial(unizero.token_step, model, config=config, at_root=view)
     acted = unizero.embed_action(model, action)

@@ -134,28 +134,18 @@ def held(model: UniZero, window: Window, config: WorldModelConfig) -> list[jax.A
     return _parts(kv if model.projected is None else kv - model.projected[None, :kept])
 
 
-def as_read(
-    model: UniZero,
-    tokens: list[jax.Array],
-    config: WorldModelConfig,
-    first: jax.Array | None = None,
-) -> Cached:
-    """Keys and values of windows out of the tables, [B, T, E] each, as the model reads them.
-
-    Args:
-      first: [B] int32, slot of each row's first token; None: 0.
-    """
+def as_read(model: UniZero, tokens: list[jax.Array], config: WorldModelConfig) -> Cached:
+    """Keys and values of windows out of the tables, [B, T, E] each, as the model reads them."""
     if config.mode.keeps_raw:
         return unizero.sequence(model, jnp.moveaxis(tokens[0], -1, 0), config=config)
     if model.projected is not None:
-        size = tokens[0].shape[1]
-        if first is None:
-            added = _parts(model.projected[None, :size])
-        else:
-            room = jnp.pad(model.projected, ((0, size), *[(0, 0)] * 4))
-            take = functools.partial(jax.lax.dynamic_slice_in_dim, room, slice_size=size)
-            added = _parts(jax.vmap(take)(first))
-        tokens = [part + at for part, at in zip(tokens, added, strict=True)]
+        added = _parts(model.projected[: tokens[0].shape[1]])
+        tokens = [part + at[None] for part, at in zip(tokens, added, strict=True)]
+    return layers(tokens)
+
+
+def layers(tokens: list[jax.Array]) -> Cached:
+    """Tables of keys and values in turn, layer by layer."""
     return tuple(zip(tokens[0::2], tokens[1::2], strict=True))
 
 

@@ -21,7 +21,6 @@ import jax.numpy as jnp
 
 from kvjax.base.values import require, require_shape
 from kvjax.config import WorldModelConfig
-from kvjax.model import root_window
 from kvjax.model.checks import validate_model
 from kvjax.model.encoders import EPSILON
 from kvjax.model.root_window import View
@@ -249,7 +248,7 @@ def token_step(
       rotation: [B, 2, D / 2] of the token, see `kvjax.ops.position.rotation`.
       zero_keys: [B] int32, extra keys with score 0 and value 0. LightZero 0.2.0 reads its padding
         that way; for parity with it and for nothing else.
-      at_root: tokens before the cached ones, read where they lie.
+      at_root: of windows whose first tokens are read where they lie; `cached` then lacks positions.
 
     Returns:
       The stream [E, B] behind the last layer, centred and not normalised, and the token's own keys
@@ -263,8 +262,10 @@ def token_step(
         qkv = _apply(block.qkv, x, _rstd(x)).T.reshape(batch, 3, width)
         qkv = qkv if rotation is None else _rotate(qkv, rotation, config)
         behind = jnp.stack([*(token[layer] for token in fresh), qkv[:, 1:]], axis=1)
-        before = None if at_root is None else (at_root, layer)
-        read = _attend(qkv[:, 0], cached[layer], valid, behind, config.num_heads, zero_keys, before)
+        if at_root is None:
+            read = _attend(qkv[:, 0], cached[layer], valid, behind, config.num_heads, zero_keys)
+        else:
+            read = at_root.attend(layer, qkv[:, 0], cached[layer], valid, behind)
         x = x + _apply(block.projection, read.T)
         x = x + _apply(block.contract, jax.nn.gelu(_apply(block.expand, x, _rstd(x))))
         own.append(qkv[:, 1:])
@@ -311,11 +312,8 @@ def _attend(
     fresh: jax.Array,
     heads: int,
     zero_keys: jax.Array | None,
-    before: tuple[View, int] | None = None,
 ) -> jax.Array:
     """Reads [B, E]: query [B, E] (scaled), cached keys and values [B, T, E], fresh [B, F, 2, E].
-
-    `before` is a view of the roots' windows and the layer.
 
     The softmax divides last, where its sum is small.
     """
@@ -325,10 +323,6 @@ def _attend(
     cached_scores = jnp.where(valid[..., None], cached_scores, -jnp.inf)
     fresh_scores = _by_head(query[:, None] * fresh[:, :, 0], heads)
     largest = jnp.maximum(jnp.max(cached_scores, axis=1), jnp.max(fresh_scores, axis=1))[:, None]
-    if before is not None:
-        view, layer = before
-        root_scores = view.scores(query, layer)  # [H, B, T]
-        largest = jnp.maximum(largest, root_window.largest(root_scores).T[:, None])
     largest = jax.lax.stop_gradient(largest)
     if zero_keys is not None:
         largest = jnp.where(zero_keys[:, None, None] > 0, jnp.maximum(largest, 0.0), largest)
@@ -340,10 +334,6 @@ def _attend(
         total = jnp.where(zero_keys[:, None] > 0, total + padded, total)
     read = jnp.sum(spread(cached_weights) * values, axis=1)
     read = read + jnp.sum(spread(fresh_weights) * fresh[:, :, 1], axis=1)
-    if before is not None:
-        root_weights = jnp.exp(root_scores - largest[:, 0].T[..., None])
-        total = total + root_window.total(root_weights).T
-        read = read + view.read(root_weights, layer)
     return read / spread(total)
 
 
