@@ -20,7 +20,7 @@ from jax import export
 import kvjax
 from kvjax import SearchConfig, WorldModelConfig
 from kvjax.config import WINDOW_MODES
-from kvjax.mcts import tree as trees
+from kvjax.mcts import puct
 from kvjax.mcts.search import _search
 
 TINY = WorldModelConfig(
@@ -78,6 +78,28 @@ def infer(params, store, latent, action, *, config=TINY):
     return store, root, out
 
 
+def mixing_step(weights, rng, node, action):
+    """One token, of what is read and the action."""
+    read = jnp.sum(jnp.where(node.valid[:, :, None], node.tokens, 0.0), axis=1)
+    new = jnp.tanh(read @ weights + action.astype(jnp.float32)[:, None])
+    return new[None], node.state + 1, kvjax.Transition(new[:, 0], new[:, 1], new)
+
+
+MIXING = kvjax.TreeModel(block=1, size=3, step=mixing_step)
+MIX = SearchConfig(num_simulations=3, tree="muzero", noise_fraction=0.5, kept_nodes=2)
+
+
+def mix(weights, rng, observation, *, search=MIX, **more):
+    """A search for another model than UniZero, from roots of two tokens."""
+    tokens = jnp.stack([observation[:, :1] * weights[:1]] * 3, axis=1)
+    count = (0 * observation[:, 0]).astype(jnp.int32)
+    root = kvjax.Root(tokens, count + 2, tokens[:, 0], tokens[:, 0, 0], state=count)
+    return kvjax.tree_search(weights, rng, root, MIXING, search=search, **more)
+
+
+WEIGHTS = jnp.asarray(np.random.default_rng(2).normal(size=(3, 3)), jnp.float32)
+
+
 def latents(count=ROWS, config=TINY):
     return jnp.asarray(np.random.default_rng(1).normal(size=(count, config.embed_dim)), jnp.float32)
 
@@ -92,6 +114,7 @@ def everything(config=TINY):
         search(params, rng, contexts, *seen, config=config, search=KEEPS),
         infer(params, store, latents(config=config), seen[1], config=config),
         rollout(params, contexts, config=config),
+        mix(WEIGHTS, rng, seen[0], return_tree=True),
     )
 
 
@@ -160,6 +183,7 @@ def one_step(params, rng, before):
         search(params, rng, before, observation, go_on, search=noisy),
         replay(params, before, observation, go_on),
         rollout(params, before),
+        mix(WEIGHTS, rng, observation),
     )
 
 
@@ -218,10 +242,15 @@ def over_four_devices():
     store = kvjax.init_store(TINY, 1, 1, root_slots=2)
     stores = jax.tree.map(lambda x: jnp.stack([x] * ROWS), store)
 
+    def without_kept(out):
+        return dataclasses.replace(out, kept=None)
+
     def answers(params, contexts, observation, action):
         planned = search(params, jax.random.key(0), contexts, observation, action, search=KEEPS)
         replayed = replay(params, contexts, observation, action)
-        return planned[0], dataclasses.replace(planned[1], kept=None), replayed
+        quiet = (SearchConfig(num_simulations=3, tree=tree) for tree in ("muzero", "gumbel"))
+        mixed = [mix(WEIGHTS, jax.random.key(0), observation, search=one) for one in quiet]
+        return planned[0], without_kept(planned[1]), mixed, replayed
 
     def of_a_device(params, stores, *given):
         own = jax.tree.map(lambda x: x[0], stores)
@@ -230,6 +259,7 @@ def over_four_devices():
 
     given = contexts, *seen
     wanted = answers(PARAMS, *given)
+    alone = mix(WEIGHTS, jax.random.key(0), seen[0], return_tree=True).tree
     spec = whole, by_row, by_row, by_row, by_row
     for axis_type in jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit:
         mesh = jax.make_mesh((4,), ("d",), axis_types=(axis_type,))
@@ -238,20 +268,15 @@ def over_four_devices():
         found = answers(params, *placed)
         close(found, wanted)
         assert found[0].timestep.sharding.spec == by_row
+        tree = mix(WEIGHTS, jax.random.key(0), placed[1], return_tree=True).tree
+        close(tree, alone)
+        assert tree.tables.sharding.spec[:2] == (None, "d")
         if axis_type == jax.sharding.AxisType.Auto:
             mapped = jax.shard_map(of_a_device, mesh=mesh, in_specs=spec, out_specs=by_row)
             found, imagined, inferred = jax.jit(mapped)(params, stores, *placed)
             close(found, wanted)
             close(imagined, rollout(PARAMS, contexts))
             assert inferred[1].hit.all()
-    refused = jax.shard_map(
-        functools.partial(search, search=SearchConfig(num_simulations=3, tree="muzero")),
-        mesh=jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Auto,)),
-        in_specs=(whole, whole, by_row, by_row, by_row),
-        out_specs=by_row,
-    )
-    with pytest.raises(ValueError, match=r'tree "muzero" needs shard_map\(check_vma=False\)'):
-        refused(PARAMS, jax.random.key(0), *given)
 
 
 def test_over_devices():
@@ -288,12 +313,13 @@ def test_answers_of_settings(setting):
         close(search(PARAMS, jax.random.key(0), *rows()), expected()[0])
 
 
+@pytest.mark.parametrize("setting", ["x64", "strict"])
 @pytest.mark.parametrize("name", ["muzero", "gumbel"])
-def test_mctx_with_64_bits(name):
+def test_settings_of_dtypes_with_the_trees_of_mctx(name, setting):
     mctx = dataclasses.replace(THREE, tree=name, noise_fraction=0.5)
     plan = functools.partial(search, PARAMS, search=mctx)
     usual = jax.eval_shape(plan, jax.random.key(0), *rows())
-    with jax.enable_x64(True):
+    with strictly() if setting == "strict" else jax.enable_x64(True):
         wide = jax.eval_shape(plan, jax.random.key(0), *rows())
     assert [x.dtype for x in jax.tree.leaves(wide)] == [x.dtype for x in jax.tree.leaves(usual)]
 
@@ -434,4 +460,4 @@ def test_sums_run_from_the_first_action_to_the_last(num_actions):
     total = x[:, 0]
     for action in range(1, num_actions):
         total = total + x[:, action]
-    np.testing.assert_array_equal(jax.jit(trees._sum)(x), total)
+    np.testing.assert_array_equal(jax.jit(puct._sum)(x), total)

@@ -6,9 +6,10 @@ so that a search grows the tree that mctx would.
 Shapes: B rows, A actions, F fields of an edge.
 """
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -78,7 +79,8 @@ class Rules:
         del node
         keys: Any = jax.vmap(lambda key: jax.random.split(key))(known[-1])
         shown = self._shown(tree, edge, level, known)
-        action = self._action(shown, keys[:, 1], level)
+        with _usual_promotion():
+            action = self._action(shown, keys[:, 1], level)
         if self.chance:
             probability = jax.nn.softmax(edge[:, PRIOR])
             action = trees.outcome(probability, edge[:, VISITS], action, level)
@@ -104,7 +106,8 @@ class Rules:
         known = tree.root_visits, tree.root_value_sum, self.value, jnp.zeros(())
         transform = q_transform(self.config)
         by_row = jax.vmap(lambda row: transform(row, _ONLY))
-        scaled: jax.Array = by_row(self._shown(tree, edge, level, known))  # type: ignore[no-untyped-call]
+        with _usual_promotion():
+            scaled: jax.Array = by_row(self._shown(tree, edge, level, known))  # type: ignore[no-untyped-call]
         return scaled
 
     def _action(self, shown: mctx.Tree, keys: jax.Array, level: jax.Array) -> jax.Array:
@@ -172,6 +175,13 @@ def shown(
         root_invalid_actions=illegal,
         extra_data=None if gumbel is None else mctx.GumbelMuZeroExtraData(root_gumbel=gumbel),
     )
+
+
+@contextlib.contextmanager
+def _usual_promotion() -> Iterator[None]:
+    """For mctx's functions, which add integers to floats and rows to tables."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
 
 
 def q_transform(config: SearchConfig) -> Callable[[mctx.Tree, Any], jax.Array]:

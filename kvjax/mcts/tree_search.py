@@ -21,6 +21,7 @@ from kvjax.mcts import tokens as own_tokens
 from kvjax.mcts.output import Dials, SearchOutput, split
 from kvjax.mcts.policies import Grown
 from kvjax.mcts.protocol import Facts, Root, TreeModel, checked, root_of, validate_root
+from kvjax.mcts.search_tree import SearchTree
 from kvjax.mcts.subtree import Kept, Past
 from kvjax.mcts.tree import Rules, Tree
 from kvjax.model.checks import validate_key
@@ -169,8 +170,9 @@ def _tree_search(
     del narrow
     model, facts = checked(model, params, rng, root)
     run = functools.partial(_plan, model=model, facts=facts, search=search, return_tree=return_tree)
-    results = by_rows(meshes.rows_of(root.length), None if before is None else before[0])
-    output: SearchOutput = meshes.run_automatic(run, (params, rng, root, before, dials), results)
+    kept, rows = None if before is None else before[0], meshes.rows_of(root.policy)
+    results, arguments = by_rows(rows, kept, return_tree), (params, rng, root, before, dials)
+    output: SearchOutput = meshes.run_automatic(run, arguments, results)
     return output
 
 
@@ -239,12 +241,17 @@ def plan(
     return dataclasses.replace(output, kept=kept, tree=whole)
 
 
-def by_rows(rows: Any, kept: Kept | None) -> Any:
+def by_rows(rows: Any, kept: Kept | None, return_tree: bool = False) -> Any:
     """How an output lies on a mesh: a `SearchOutput` of `PartitionSpec`s.
 
     Args:
       rows: the axes of devices over which rows lie.
     """
-    fields = {field.name: meshes.spec(rows) for field in dataclasses.fields(SearchOutput)}
-    specs: Any = SearchOutput(**fields | {"kept": meshes.specs(kept, rows, 1)})
+    fields: Any = {field.name: meshes.spec(rows) for field in dataclasses.fields(SearchOutput)}
+    fields["kept"] = meshes.specs(kept, rows, 1)
+    if return_tree:
+        names = [field.name for field in dataclasses.fields(SearchTree)]
+        whole: Any = dict.fromkeys(names, meshes.spec(rows))
+        fields["tree"] = SearchTree(**whole | {"tables": meshes.spec(None, rows)})
+    specs: Any = SearchOutput(**fields)
     return specs
