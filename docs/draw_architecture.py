@@ -18,8 +18,8 @@ INK = "#7c8aa0"
 WAYS = {
     "An observation becomes an action (kvjax.search)": (
         "#d9822b",
-        "mcts/search model/contexts model/step model/unizero model/modes ops/window mcts/tokens"
-        " mcts/unizero_tree mcts/tree mcts/policies",
+        "mcts/search model/contexts model/step model/unizero model/modes ops/window mcts/policies"
+        " mcts/tokens mcts/tree mcts/unizero_tree model/unizero",
     ),
     "A latent finds its slot (kvjax.recurrent_inference)": (
         "#3b7dd8",

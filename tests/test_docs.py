@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import jax
 import pytest
@@ -23,6 +23,7 @@ RULES = (DOCS / "rules.md").read_text()
 ERRORS = (DOCS / "errors.md").read_text()
 ARCHITECTURE = (DOCS / "architecture.md").read_text()
 COMPOSITION = (DOCS / "composition.md").read_text()
+ANY_MODEL = (DOCS / "any_model.md").read_text()
 README = (ROOT / "README.md").read_text()
 CHEAP = ("tests/ops/test_window.py", "tests/ops/test_position.py", "tests/ops/test_hashing.py")
 
@@ -114,9 +115,21 @@ def test_files_that_the_pages_name_exist():
     assert len(names) > 10
     missing = [n for n in names if not ((ROOT / n).exists() or (ROOT / "kvjax" / n).exists())]
     assert not missing
-    for page, folder in ((README, ROOT), (ARCHITECTURE, DOCS)):
+    for page, folder in ((README, ROOT), (ARCHITECTURE, DOCS), (ANY_MODEL, DOCS)):
         links = re.findall(r"\]\((?!http)([^)#]+)\)", page)
         assert not [name for name in links if not (folder / name).exists()]
+
+
+def test_a_transformer_of_ones_own(capsys):
+    """The page's Python runs as printed, one block after the other, and what it names exists."""
+    blocks, names = re.findall(r"```python\n(.*?)```", ANY_MODEL, re.DOTALL), {}
+    for block in blocks:
+        exec(compile(block, "docs/any_model.md", "exec"), names)
+    assert len(blocks) == 6
+    assert capsys.readouterr().out.startswith("[")
+    assert [lookup(name) for name in re.findall(r"`(kvjax\.[\w.]+)`", ANY_MODEL)]
+    anchors = {title.lower().replace(" ", "-") for title in re.findall(r"## (.*)", ANY_MODEL)}
+    assert set(re.findall(r"\]\(#([^)]+)\)", ANY_MODEL)) <= anchors
 
 
 def public():
@@ -141,7 +154,12 @@ def test_public_docstrings_give_shapes(item):
     assert SHAPE.search(text) or item.__name__ in NO_ARRAYS, f"no shapes:\n{text}"
 
 
-STATES = [x for x in public() if dataclasses.is_dataclass(x.values[0]) and "Config" not in x.id]
+STATIC = ("Config", "TreeModel")
+STATES = [
+    x
+    for x in public()
+    if dataclasses.is_dataclass(x.values[0]) and not any(name in x.id for name in STATIC)
+]
 
 
 @pytest.mark.parametrize("state", STATES)
@@ -153,7 +171,8 @@ def test_fields_are_told_where_help_and_editors_show_them(state):
         field.name: (field.type, *get_args(field.type)) for field in dataclasses.fields(state)
     }
     assert list(told) == list(fields)
-    arrays = {name for name, types in fields.items() if jax.Array in types}
+    array = Any if state is kvjax.Root else jax.Array  # roots may lie on the host
+    arrays = {name for name, types in fields.items() if array in types}
     assert not [name for name in arrays if not SHAPE.search(told[name])]
     assert arrays
 
