@@ -334,7 +334,8 @@ class SearchConfig:
     def __post_init__(self) -> None:
         make_plain(self)
         require_positive(self, "num_simulations", "max_considered_actions")
-        if not (self.q_transform is None or callable(self.q_transform)):
+        is_function = callable(self.q_transform) and not isinstance(self.q_transform, type)
+        if not (self.q_transform is None or is_function):
             require_one_of("q_transform", self.q_transform, Q_TRANSFORMS)
         require_one_of("tree", self.tree, TREES)
         self._check_size()

@@ -58,7 +58,14 @@ ROTTEN = (
 )
 
 
-OPTIONAL = ("raw_size", "max_depth", "observation_scale", "observation_size", "image_shape")
+OPTIONAL = (
+    "raw_size",
+    "max_depth",
+    "observation_scale",
+    "observation_size",
+    "image_shape",
+    "q_transform",
+)
 ABOVE_ZERO = ("temperature", "dirichlet_alpha", "pb_c_base", "rope_theta")
 SCALES = [(1,), (3, -3), (-3.0, 3.0), (1, 2, 3)]
 

@@ -29,19 +29,19 @@ class Node:
         [B, P, ...], that part of it that was added below the root.
       valid: [B, T] or [B, P] bool, which of these slots hold a token; they are the first ones.
       length: [B] int32, tokens of the whole window.
-      at_root: [B] int32, how many of them are the root's: the last ones that the root has.
       state: pytree of [B, ...], what the step that made the node returned beside its tokens.
       depth: [B] int32, edges below the root.
       root: pytree of [B, ...], the `data` of the roots.
+      at_root: [B] int32, how many tokens of the whole window are the root's: its last ones.
     """
 
     tokens: Any
     valid: jax.Array
     length: jax.Array
-    at_root: jax.Array
     state: Any
     depth: jax.Array
     root: Any
+    at_root: Any = None
 
 
 @jax.tree_util.register_dataclass
@@ -225,7 +225,7 @@ def checked(model: TreeModel, params: Any, rng: jax.Array, root: Root) -> tuple[
     step = _in_words(model.step)
     rows = jnp.asarray(root.length, jnp.int32)
     valid = jnp.zeros((rows.shape[0], model.size), bool)
-    node = Node(root.tokens, valid, rows, rows, root.state, rows, root.data)
+    node = Node(root.tokens, valid, rows, root.state, rows, root.data, rows)
     tokens, state, came = jax.eval_shape(step, params, rng, node, rows)
 
     def one_block(leaf: Any) -> jax.ShapeDtypeStruct:
