@@ -8,6 +8,7 @@ Shapes: B rows, A actions, K tokens that a step adds, T slots of a stored window
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kvjax.base import meshes
 from kvjax.base.arrays import validate_range
 from kvjax.base.values import describe, require, require_positive
 
@@ -226,7 +228,8 @@ def checked(model: TreeModel, params: Any, rng: jax.Array, root: Root) -> tuple[
     rows = jnp.asarray(root.length, jnp.int32)
     valid = jnp.zeros((rows.shape[0], model.size), bool)
     node = Node(root.tokens, valid, rows, root.state, rows, root.data, rows)
-    tokens, state, came = jax.eval_shape(step, params, rng, node, rows)
+    run = functools.partial(meshes.run_automatic, step, results=meshes.spec())
+    tokens, state, came = jax.eval_shape(lambda *x: run(x), params, rng, node, rows)
 
     def one_block(leaf: Any) -> jax.ShapeDtypeStruct:
         shape = (model.block, leaf.shape[0], *leaf.shape[2:])

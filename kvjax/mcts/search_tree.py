@@ -55,8 +55,8 @@ class SearchTree:
     @property
     def tokens(self) -> Any:
         """Each node's whole window: a pytree of [B, N, T, ...], gathered when it is asked for."""
-        rows = jnp.arange(self.slots.shape[0], dtype=jnp.int32)[:, None, None]
-        return jax.tree.map(lambda table: table[self.slots, rows], self.tables)
+        gather: Any = jax.vmap(lambda table, slots: table[slots], in_axes=(1, 0))  # on any mesh
+        return jax.tree.map(lambda table: gather(table, self.slots), self.tables)
 
 
 def of(

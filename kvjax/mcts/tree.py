@@ -206,7 +206,8 @@ def expand(
       value: [B] of the new nodes.
       prior: [B, A] of the new nodes.
       discount: [] of a step; also what the root's own value is scaled by among its extremes.
-      running_mean: as of the rules.
+      running_mean: as of the rules. At the depth limit, where a node is imagined again, its last
+        reward, discount and value are kept then, as mctx has it; else the first and the sum.
       of_edge: [B], of the new edges, where each has its own. What lies behind an edge of 0 reaches
         nobody above it, NaN neither.
     """
@@ -226,13 +227,14 @@ def expand(
         on_path, is_leaf = level < path.depth, level == path.depth - 1
         old = {field: step[:, _EDGE + field - CHILD] for field in range(CHILD, fields)}
         is_new = is_leaf & (old[CHILD] < 0)
+        tells = is_leaf if running_mean else is_new
         child = jnp.where(is_new, jnp.asarray(node).astype(jnp.float32), old[CHILD])
-        received = jnp.where(is_new, reward, old[REWARD])
-        factor = discount if of_edge is None else jnp.where(is_new, of_edge, old[DISCOUNT])
+        received = jnp.where(tells, reward, old[REWARD])
+        factor = discount if of_edge is None else jnp.where(tells, of_edge, old[DISCOUNT])
         visits = old[VISITS] + 1
         if running_mean:
             moved = (old[VALUE] * old[VISITS] + gain) / visits
-            kept = mean = jnp.where(is_leaf, gain, moved)
+            kept = mean = jnp.where(is_leaf & ~is_new, gain, moved)
         else:
             kept = old[VALUE] + gain
             mean = kept / visits

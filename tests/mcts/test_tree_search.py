@@ -704,3 +704,108 @@ def test_other_bad_input():
     with pytest.raises(ValueError, match='q_transform must be None with tree "lightzero"'):
         SearchConfig(q_transform="tree")
     assert isinstance(Node, type)
+
+
+def test_roots_on_a_mesh_with_explicit_axes():
+    """The model's step is asked as on any other: its own gathers need not say how they lie."""
+    mesh = jax.make_mesh((1,), ("d",), axis_types=(jax.sharding.AxisType.Explicit,))
+    by_row = jax.sharding.PartitionSpec("d")
+    by, root = SearchConfig(10, tree="muzero", kept_nodes=4), plain_root(4, state=roots(0, 4).state)
+    placed = jax.device_put(root, jax.sharding.NamedSharding(mesh, by_row))
+
+    def step(play, rng, node, action):
+        tokens = jnp.broadcast_to(node.state.astype(jnp.float32)[None, :, None], (2, 4, 4))
+        read = jnp.sum(jnp.where(node.valid[..., None], node.tokens, 0), (1, 2))
+        _, state, came = table_step(play, rng, node, action, masked=False)
+        policy = came.policy[:, :3] + read[:, None] / 1000
+        return tokens, state, dataclasses.replace(came, policy=policy)
+
+    outs = []
+    for given in root, placed:
+        kept = action = None
+        for _ in range(2):
+            out = tree_search(
+                PLAY,
+                jax.random.key(0),
+                given,
+                TreeModel(2, 6, step),
+                search=by,
+                kept=kept,
+                last_action=action,
+                return_tree=True,
+            )
+            kept, action = out.kept, out.action
+        outs.append(out)
+    assert outs[1].tree.tables.sharding.spec == jax.sharding.PartitionSpec(None, "d", None)
+    assert outs[1].tree.tokens.sharding.spec[0] == outs[1].action.sharding.spec[0] == "d"
+    chex.assert_trees_all_close(*(jax.device_get(out) for out in outs), atol=1e-6)
+    np.testing.assert_array_equal(*(out.tree.tokens for out in outs))
+
+
+@pytest.mark.parametrize("tree", ["muzero", "gumbel"])
+def test_a_model_that_draws_at_the_depth_limit(tree):
+    """There mctx asks the model again and keeps its last reward and value."""
+
+    def drawn(rng, state):
+        return jax.random.normal(rng, state.shape)
+
+    def recurrent(play, rng, action, state):
+        state = after(state, action)
+        both = {"reward": drawn(rng, state), "value": -drawn(rng, state)}
+        rest = {"discount": play["discount"][state], "prior_logits": play["policy"][state]}
+        return mctx.RecurrentFnOutput(**both, **rest), state
+
+    def step(play, rng, node, action):
+        output, state = recurrent(play, rng, action, node.state)
+        return (), state, output
+
+    by = SearchConfig(40, tree=tree, max_depth=2, q_transform="siblings")
+    rng, root = jax.random.key(5), roots(1, 30)
+    out = tree_search(PLAY, rng, root, TreeModel(1, 1, step), search=by)
+    options = {"dirichlet_fraction": 0.0, "temperature": 0.0}
+    wanted = jax.jit(
+        functools.partial(
+            POLICIES[tree],
+            recurrent_fn=recurrent,
+            num_simulations=40,
+            max_depth=2,
+            qtransform=mctx.qtransform_by_parent_and_siblings,
+            **(options if tree == "muzero" else {"gumbel_scale": 0.0}),
+        )
+    )(
+        PLAY,
+        rng,
+        mctx.RootFnOutput(prior_logits=root.policy, value=root.value, embedding=root.state),
+    )
+    summary = wanted.search_tree.summary()
+    np.testing.assert_array_equal(out.visit_counts, summary.visit_counts)
+    np.testing.assert_allclose(out.q_values, summary.qvalues, atol=1e-5)
+    np.testing.assert_allclose(out.root_value, summary.value, atol=1e-5)
+
+
+@pytest.mark.parametrize("tree", ["lightzero", "muzero"])
+def test_an_edge_whose_node_was_forgotten_goes_on_from_its_mean(tree):
+    """A chain of states 0, 1, .. that are worth their numbers; one node is kept."""
+
+    def step(params, rng, node, action):
+        state = node.state + 1.0
+        return (), state, Transition(0 * state, state, jnp.zeros((1, 1)))
+
+    def chain(state):
+        return Root((), np.zeros(1, int), np.zeros((1, 1), np.float32), state, state=state)
+
+    model, by = TreeModel(1, 1, step), SearchConfig(4, tree=tree, kept_nodes=1, discount=1.0)
+    first = tree_search((), jax.random.key(0), chain(np.zeros(1, np.float32)), model, search=by)
+    again = tree_search(
+        (),
+        jax.random.key(0),
+        chain(np.ones(1, np.float32)),
+        model,
+        search=by,
+        kept=first.kept,
+        last_action=first.action,
+        return_tree=True,
+    )
+    # Of state 3 two visits were kept, worth 3 and 4; it is imagined anew, then 4, 5 and 6 below it.
+    np.testing.assert_allclose(again.tree.q_values[0, 1, 0], (3 + 4 + 3 + 4 + 5 + 6) / 6)
+    np.testing.assert_allclose(again.q_values[0, 0], (2 + 3 + 4 + 3 + 4 + 5 + 6) / 7)
