@@ -55,7 +55,7 @@ class SearchOutput(display.Drawn):
       network_value: [B], the network's own value of the root.
       mean_depth: [B], edges below the root, mean over simulations.
       finite: [B] bool, False: the model answered NaN or infinity, or no action is legal; discard
-        the row.
+        the row. A logit of -inf is as good as any, if the row has others.
       action_weights: [B, A], the policy target: shares of visits, or mctx's improved policy
         ("gumbel").
       kept: `kvjax.Kept` for the next search, with `SearchConfig.kept_nodes`; else None.

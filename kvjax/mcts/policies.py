@@ -95,7 +95,9 @@ def _lightzero(
         prior=jnp.maximum(prior, 0.0),
         network_value=root.value,
         mean_depth=tree.total_depth / search.num_simulations,
-        finite=all_finite(root.policy, root.value, value, tree.low, tree.high)
+        finite=all_finite(
+            below_infinity(root.policy), prior, root.value, value, tree.low, tree.high
+        )
         & jnp.any(legal, axis=1),
         action_weights=visit_shares(jnp.where(legal, visit_counts, 0)),
     )
@@ -170,7 +172,7 @@ def _answer(
 ) -> SearchOutput:
     legal, value = root.all_legal, trees.root_value(tree, running_mean=True)
     q_values = trees.q_values(tree)
-    policy = jnp.maximum(root.policy, mctx_rules.NEVER)
+    policy, some = below_infinity(root.policy), jnp.any(root.policy > -jnp.inf, axis=1)
     return SearchOutput(
         action=action,
         visit_counts=trees.visit_counts(tree),
@@ -179,7 +181,7 @@ def _answer(
         prior=jax.nn.softmax(jnp.where(legal, policy, mctx_rules.NEVER)),
         network_value=root.value,
         mean_depth=tree.total_depth / search.num_simulations,
-        finite=all_finite(policy, root.value, value, q_values) & jnp.any(legal, axis=1),
+        finite=all_finite(policy, root.value, value, q_values) & some & jnp.any(legal, axis=1),
         action_weights=weights,
     )
 
@@ -227,6 +229,11 @@ def choose(
 
     action: jax.Array = loops.cond(temperature < _TINY, most_visited, sample)
     return action
+
+
+def below_infinity(policy: jax.Array) -> jax.Array:
+    """Logits [B, A] of which those of -inf, which say that an action never is, are finite."""
+    return jnp.maximum(policy, mctx_rules.NEVER)
 
 
 def logs(probabilities: jax.Array) -> jax.Array:

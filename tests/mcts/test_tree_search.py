@@ -809,3 +809,16 @@ def test_an_edge_whose_node_was_forgotten_goes_on_from_its_mean(tree):
     # Of state 3 two visits were kept, worth 3 and 4; it is imagined anew, then 4, 5 and 6 below it.
     np.testing.assert_allclose(again.tree.q_values[0, 1, 0], (3 + 4 + 3 + 4 + 5 + 6) / 6)
     np.testing.assert_allclose(again.q_values[0, 0], (2 + 3 + 4 + 3 + 4 + 5 + 6) / 7)
+
+
+@pytest.mark.parametrize("tree", ["lightzero", "muzero", "gumbel"])
+def test_logits_of_minus_infinity_are_no_fault_of_a_row(tree):
+    """Masks as many of mctx's users write them; but some action must be possible."""
+    root = roots(0, 3)
+    policy = np.array(root.policy)
+    policy[1, 2:], policy[2] = -np.inf, -np.inf
+    given = dataclasses.replace(root, policy=policy)
+    by = SearchConfig(20, tree=tree)
+    out = tree_search(PLAY, jax.random.key(0), given, TABLES[False], search=by)
+    assert out.finite.tolist() == [True, True, False]
+    assert np.isfinite(out.action_weights[:2]).all()
