@@ -13,8 +13,8 @@ observation; that action's child becomes the root, and this is what comes along:
 * Nodes come in the order in which they were made. Beyond `kept_nodes` the newest are forgotten:
   their edges keep their statistics, and whoever walks there again imagines the node anew.
 
-A row begins anew if its episode did, if its action had no node, if its clock or its window is not
-what the kept tree expects, or if that tree holds NaN.
+A row begins anew if its episode did, if its action had no node or led to an end, if its clock or
+its window is not what the kept tree expects, or if that tree holds NaN.
 
 The clock counts from an episode's beginning; a search that is not told of one counts its steps.
 
@@ -33,7 +33,18 @@ from kvjax.config import SearchConfig
 from kvjax.mcts import tree as trees
 from kvjax.mcts.protocol import Root, TreeModel
 from kvjax.mcts.tokens import Tokens, empty_tokens, first_own
-from kvjax.mcts.tree import CHILD, PRIOR, ROOT, UNVISITED, VALUE, VISITS, Q, Rules, Tree
+from kvjax.mcts.tree import (
+    CHILD,
+    DISCOUNT,
+    PRIOR,
+    ROOT,
+    UNVISITED,
+    VALUE,
+    VISITS,
+    Q,
+    Rules,
+    Tree,
+)
 
 _NO_STEP = -2
 """The clock of no tree: no root comes one step after it."""
@@ -149,6 +160,8 @@ def promote(
         & (past.timestep == kept.timestep + 1)
         & jnp.isfinite(old.low + old.high)
     )
+    if taken.shape[1] > DISCOUNT:
+        goes_on &= taken[:, DISCOUNT] != 0
     if jax.tree.leaves(tokens.tables):
         goes_on &= tokens.length[ROOT] == kept.tokens.length[child, every_row]
     lost = jnp.where(legal[:, None], 0.0, old.edges[child, every_row])  # [B, F, A]

@@ -478,7 +478,7 @@ def test_every_window_is_its_parents_and_its_own_tokens(carry, in_place):
 def test_what_was_kept_has_its_states():
     """A state is its parent's and its action's, in kept nodes too; the root's is the new one."""
     by = SearchConfig(num_simulations=15, kept_nodes=10, tree="muzero", discount=0.9)
-    root, kept, action = roots(5, 6), None, None
+    root, kept, action, goes_on = roots(5, 6), None, None, np.zeros(6, bool)
     for step in range(5):
         out = tree_search(
             PLAY,
@@ -498,11 +498,12 @@ def test_what_was_kept_has_its_states():
         )
         assert out.finite.all()
         carried = np.sum(tree.parent[:, : by.kept_nodes + 1] >= 0, axis=1)
-        assert (carried > 0).sum() == (0 if step == 0 else 5 if step == 3 else 6)
+        np.testing.assert_array_equal(carried > 0, goes_on)
         kept, action = out.kept, np.array(out.action)
         state = after(np.asarray(root.state), action)
+        goes_on = PLAY["discount"][state] != 0  # nothing is kept from behind an end
         if step == 2:
-            action[4] = -1
+            action[4], goes_on[4] = -1, False
         root = dataclasses.replace(
             root, policy=PLAY["policy"][state], value=PLAY["value"][state], state=state
         )
@@ -822,3 +823,31 @@ def test_logits_of_minus_infinity_are_no_fault_of_a_row(tree):
     out = tree_search(PLAY, jax.random.key(0), given, TABLES[False], search=by)
     assert out.finite.tolist() == [True, True, False]
     assert np.isfinite(out.action_weights[:2]).all()
+
+
+@pytest.mark.parametrize("tree", ["lightzero", "muzero"])
+def test_nothing_is_kept_from_behind_an_end(tree):
+    """The model took the step for the last one; the episode goes on all the same."""
+
+    def step(params, rng, node, action):
+        over = node.state
+        nothing = jnp.zeros(1) + jnp.where(over, jnp.nan, 0.0)
+        going = Transition(nothing, nothing, jnp.zeros((1, 2)), jnp.zeros(1))
+        return (), over | True, going
+
+    root = Root((), np.zeros(1, int), np.zeros((1, 2), np.float32), np.zeros(1, np.float32))
+    root = dataclasses.replace(root, state=np.zeros(1, bool))
+    by, kept, action = SearchConfig(20, tree=tree, kept_nodes=5), None, None
+    for _ in range(2):
+        out = tree_search(
+            (),
+            jax.random.key(0),
+            root,
+            TreeModel(1, 1, step),
+            search=by,
+            kept=kept,
+            last_action=action,
+        )
+        assert out.finite.all()
+        assert out.visit_counts.sum() == 20
+        kept, action = out.kept, out.action
