@@ -57,8 +57,12 @@ def _restored(name: str, value: Any, state: Any) -> Any:
         require(value == state, f"{name} must be {value!r}, got {_described(state)}")
         return value
     if isinstance(value, tuple):
-        parts = enumerate(value)
-        return tuple(_restored(f"{name}[{i}]", part, state[str(i)]) for i, part in parts)
+        keys = getattr(value, "_fields", range(len(value)))
+        parts = [
+            _restored(f"{name}[{key}]", part, state[str(key)])
+            for key, part in zip(keys, value, strict=True)
+        ]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
     if not isinstance(value, jax.Array | np.ndarray):
         return serialization.from_state_dict(value, state, name)
     expected = f"{value.dtype}{list(value.shape)}"

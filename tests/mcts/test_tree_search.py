@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -10,6 +11,7 @@ import mctx
 import numpy as np
 import pytest
 from conftest import SMALL, random_params, with_mode
+from flax import serialization
 
 from kvjax import (
     Node,
@@ -851,3 +853,35 @@ def test_nothing_is_kept_from_behind_an_end(tree):
         assert out.finite.all()
         assert out.visit_counts.sum() == 20
         kept, action = out.kept, out.action
+
+
+class Latent(NamedTuple):
+    """A state of two parts."""
+
+    state: Any
+    steps: Any
+
+
+def test_states_of_any_structure_go_into_flax_checkpoints():
+    def step(play, rng, node, action):
+        latent, (again,) = node.state["latent"], node.state["again"]
+        _, state, came = table_step(
+            play, rng, dataclasses.replace(node, state=latent.state), action, masked=False
+        )
+        return (), {"latent": Latent(state, latent.steps + 1), "again": (again,)}, came
+
+    root, by = roots(0, 3), SearchConfig(5, tree="muzero", kept_nodes=2)
+    state = {"latent": Latent(root.state, root.state * 0), "again": (root.state,)}
+    for begun, of_state in ((state, step), (state["latent"], _of_latent)):
+        given, model = dataclasses.replace(root, state=begun), TreeModel(1, 1, of_state)
+        kept = tree_search(PLAY, jax.random.key(0), given, model, search=by).kept
+        empty = jax.tree.map(jnp.zeros_like, kept)
+        restored = serialization.from_bytes(empty, serialization.to_bytes(kept))
+        chex.assert_trees_all_equal(restored, kept)
+        assert type(restored.tokens.state) is type(begun)
+
+
+def _of_latent(play, rng, node, action):
+    node, latent = dataclasses.replace(node, state=node.state.state), node.state
+    _, state, came = table_step(play, rng, node, action, masked=False)
+    return (), Latent(state, latent.steps + 1), came
