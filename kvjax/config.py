@@ -11,6 +11,7 @@ from kvjax.base.values import (
     make_plain,
     require,
     require_above_zero,
+    require_hashable,
     require_numbers,
     require_one_of,
     require_positive,
@@ -315,6 +316,7 @@ class SearchConfig:
     Searches that differ in temperature and discount alone share one compiled program.
 
     Raises:
+      TypeError: `q_transform` is a function without a hash.
       ValueError: a value lies outside its range, or the tree has no use for it.
     """
 
@@ -337,6 +339,7 @@ class SearchConfig:
         is_function = callable(self.q_transform) and not isinstance(self.q_transform, type)
         if not (self.q_transform is None or is_function):
             require_one_of("q_transform", self.q_transform, Q_TRANSFORMS)
+        require_hashable("q_transform", self.q_transform)
         require_one_of("tree", self.tree, TREES)
         self._check_size()
         if self.max_depth is not None:

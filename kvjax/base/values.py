@@ -82,6 +82,16 @@ def require_type(name: str, value: Any, kind: type, maker: str) -> None:
     raise TypeError(f"{name} must be of type {kind.__name__}, got {describe(value)}: {hint}")
 
 
+def require_hashable(name: str, value: Any) -> None:
+    """Raises `TypeError` unless a value has a hash, by which what was compiled for it is found."""
+    try:
+        hash(value)
+    except TypeError:
+        raise TypeError(
+            f"{name} must be hashable, got an object of type {type(value).__name__}"
+        ) from None
+
+
 def describe(value: Any) -> str:
     """A value's type, and a plain value itself."""
     name = type(value).__name__

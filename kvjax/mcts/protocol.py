@@ -18,7 +18,7 @@ import numpy as np
 
 from kvjax.base import meshes
 from kvjax.base.arrays import validate_range
-from kvjax.base.values import describe, require, require_positive
+from kvjax.base.values import describe, require, require_hashable, require_positive
 
 
 @jax.tree_util.register_dataclass
@@ -94,6 +94,7 @@ class TreeModel:
         `legal` leaves out the entries for which one kind has no use.
 
     Raises:
+      TypeError: the step has no hash.
       ValueError: a size is no positive integer, or carry is no part of a block.
     """
 
@@ -107,6 +108,7 @@ class TreeModel:
     def __post_init__(self) -> None:
         require_positive(self, "block", "size")
         require(callable(self.step), f"step must be a function, got {self.step!r}")
+        require_hashable("step", self.step)
         kept = self.carry
         require(
             kept is None or (isinstance(kept, int) and 0 <= kept <= self.block),
@@ -149,12 +151,14 @@ def root_of(root: Any) -> Root:
         nothing = root.length is None and not jax.tree.leaves(root.tokens)
         no_tokens = np.zeros(np.shape(root.value), np.int32)
         return dataclasses.replace(root, length=no_tokens) if nothing else root
-    embedding = getattr(root, "embedding", None)
-    if not isinstance(embedding, Mapping) or not {"tokens", "length"} <= set(embedding):
+    embedding: Any = getattr(root, "embedding", None)
+    names = set(embedding) if isinstance(embedding, Mapping) else set()
+    if not {"tokens", "length"} <= names <= {"tokens", "length", "state", "data", "legal"}:
         raise TypeError(
             "root must be a kvjax.Root, or a mctx.RootFnOutput whose embedding is a mapping with"
             f" tokens and length (and state, data, legal), got {type(root).__name__}"
             + ("" if embedding is None else f" with embedding {type(embedding).__name__}")
+            + (f" of {', '.join(map(str, embedding))}" if names else "")
         )
     return Root(policy=root.prior_logits, value=root.value, **embedding)
 

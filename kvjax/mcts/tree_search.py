@@ -97,7 +97,7 @@ def _checked(
     validate_key(rng)
     require_type("model", model, TreeModel, "kvjax.TreeModel")
     require_type("search", search, SearchConfig, "kvjax.SearchConfig")
-    root = jax.tree.map(_as_array, root_of(root))
+    root = _arrays(root_of(root))
     validate_root(root, model)
     if search.q_transform is None and search.tree != "lightzero":
         name = "siblings" if search.tree == "muzero" else "mix_value"
@@ -119,6 +119,13 @@ def _checked(
     static = {"model": model, "search": search, "return_tree": return_tree}
     width = sum(np.prod(x.shape[2:], dtype=int) for x in jax.tree.leaves(root.tokens))
     return (params, rng, root, before, dials), static | {"narrow": width <= _NARROW}
+
+
+def _arrays(root: Root) -> Root:
+    names = "length", "policy", "value", "legal"
+    lists = {name: getattr(root, name) for name in names}
+    arrays = {name: _as_array(value) for name, value in lists.items() if value is not None}
+    return jax.tree.map(_as_array, dataclasses.replace(root, **arrays))  # type: ignore[no-any-return]
 
 
 def _as_array(x: Any) -> ArrayLike:

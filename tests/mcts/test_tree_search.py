@@ -885,3 +885,29 @@ def _of_latent(play, rng, node, action):
     node, latent = dataclasses.replace(node, state=node.state.state), node.state
     _, state, came = table_step(play, rng, node, action, masked=False)
     return (), Latent(state, latent.steps + 1), came
+
+
+def test_a_step_that_has_no_hash_is_refused():
+    class Unhashable:
+        __hash__ = None
+
+        def __call__(self, *args):
+            return plain_step(*args)
+
+    with pytest.raises(TypeError, match="step must be hashable, got an object of type Unhashable"):
+        TreeModel(2, 6, Unhashable())
+    with pytest.raises(TypeError, match="q_transform must be hashable, got an object of type"):
+        SearchConfig(tree="gumbel", q_transform=Unhashable())
+
+
+def test_lists_for_arrays_and_other_names_in_an_embedding():
+    by, root, model = SearchConfig(3), plain_root(), TreeModel(2, 6, plain_step)
+    lists = dataclasses.replace(
+        root, length=[0, 0], value=[0.0, 0.0], policy=[[0.0] * 3] * 2, legal=[[True] * 3] * 2
+    )
+    found, wanted = (tree_search({}, jax.random.key(0), x, model, search=by) for x in (lists, root))
+    chex.assert_trees_all_equal(found, wanted)
+    embedding = {"tokens": root.tokens, "length": root.length, "latent": root.state}
+    theirs = mctx.RootFnOutput(prior_logits=root.policy, value=root.value, embedding=embedding)
+    with pytest.raises(TypeError, match=r"embedding dict of tokens, length, latent"):
+        tree_search({}, jax.random.key(0), theirs, model, search=by)
