@@ -176,7 +176,7 @@ def validate_root(root: Root, model: TreeModel) -> None:
     )
     shape = np.shape(root.policy)
     require(
-        len(shape) == 2 and min(shape) >= 1,
+        len(shape) == 2 and all(size >= 1 for size in shape),
         f"root.policy must have shape [B, A], at least one row and one action, got {shape}",
     )
     rows = shape[0]

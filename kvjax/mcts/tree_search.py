@@ -13,7 +13,7 @@ import numpy as np
 
 from kvjax.base import meshes
 from kvjax.base.arrays import ArrayLike, validate_range
-from kvjax.base.compilation import jit_small_operations
+from kvjax.base.compilation import is_traced, jit_small_operations
 from kvjax.base.values import require, require_type
 from kvjax.config import SearchConfig
 from kvjax.mcts import policies, search_tree, subtree
@@ -135,7 +135,7 @@ def _as_array(x: Any) -> ArrayLike:
 def _actions(last_action: ArrayLike | None, root: Root) -> ArrayLike:
     rows, num_actions = np.shape(root.policy)
     if last_action is None:
-        return np.full(rows, ANEW, np.int32)
+        return _anew(rows) if is_traced() else _anew_kept(rows)
     actions = _as_array(last_action)
     is_integer = jnp.issubdtype(actions.dtype, jnp.integer)
     require(
@@ -143,6 +143,17 @@ def _actions(last_action: ArrayLike | None, root: Root) -> ArrayLike:
         f"last_action must be integers of shape {(rows,)}, got {actions.dtype} {actions.shape}",
     )
     validate_range("last_action", actions, ANEW, num_actions - 1)
+    return actions
+
+
+def _anew(rows: int) -> jax.Array:
+    return jnp.full((rows,), ANEW, jnp.int32)
+
+
+@functools.lru_cache
+def _anew_kept(rows: int) -> jax.Array:
+    """Kept on the device, so that a call moves nothing there."""
+    actions: jax.Array = jax.jit(_anew, static_argnums=0)(rows)
     return actions
 
 

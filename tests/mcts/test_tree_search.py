@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from conftest import SMALL, random_params, with_mode
 from flax import serialization
+from jax import export
 
 from kvjax import (
     Node,
@@ -911,3 +912,24 @@ def test_lists_for_arrays_and_other_names_in_an_embedding():
     theirs = mctx.RootFnOutput(prior_logits=root.policy, value=root.value, embedding=embedding)
     with pytest.raises(TypeError, match=r"embedding dict of tokens, length, latent"):
         tree_search({}, jax.random.key(0), theirs, model, search=by)
+
+
+def test_export_with_a_symbolic_number_of_rows():
+    root, by = roots(0, 3), SearchConfig(5, tree="muzero")
+    (rows,) = export.symbolic_shape("rows")
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), root)
+
+    def visits(play, rng, root):
+        return tree_search(play, rng, root, TABLES[False], search=by).visit_counts
+
+    play, rng = jax.tree.map(jnp.asarray, PLAY), jax.random.PRNGKey(0)
+    exported = export.export(jax.jit(visits))(play, rng, shapes)
+    np.testing.assert_array_equal(exported.call(play, rng, root), visits(play, rng, root))
+
+
+def test_a_call_that_leaves_arguments_out_moves_nothing():
+    by = SearchConfig(5, tree="muzero", kept_nodes=2)
+    given = jax.device_put((PLAY, jax.random.key(0), roots(0, 3)))
+    tree_search(*given, TABLES[False], search=by)
+    with jax.transfer_guard("disallow"):
+        tree_search(*given, TABLES[False], search=by)
