@@ -261,8 +261,10 @@ def _in_words(step: Step) -> Step:
                 + (f" of {len(answer)}" if isinstance(answer, tuple) else "")
             )
         tokens, state, came = answer
+        _require_arrays("tokens", tokens)
+        _require_arrays("state", state)
         policy = getattr(came, "policy", getattr(came, "prior_logits", None))
-        if policy is None:
+        if policy is None or not all(hasattr(came, x) for x in ("reward", "value", "discount")):
             raise TypeError(
                 "the model's step must return a kvjax.Transition or a mctx.RecurrentFnOutput, got"
                 f" {type(came).__name__}"
@@ -275,11 +277,26 @@ def _in_words(step: Step) -> Step:
                 value=_number("value", came.value),
                 policy=_number("policy", policy),
                 discount=None if came.discount is None else _number("discount", came.discount),
-                legal=getattr(came, "legal", None),
+                legal=_array("legal", getattr(came, "legal", None)),
             ),
         )
 
     return in_words
+
+
+def _require_arrays(name: str, values: Any) -> None:
+    for path, leaf in jax.tree.leaves_with_path(values):
+        if not hasattr(leaf, "dtype") and not isinstance(leaf, int | float | complex):
+            raise TypeError(
+                f"the model's step must return arrays in {name}{jax.tree_util.keystr(path)}, got"
+                f" {describe(leaf)}"
+            )
+
+
+def _array(name: str, value: Any) -> Any:
+    is_array = value is None or hasattr(value, "dtype")
+    require(is_array, f"Transition.{name} must be an array, got {describe(value)}")
+    return value
 
 
 def _number(name: str, value: Any) -> jax.Array:
@@ -287,7 +304,8 @@ def _number(name: str, value: Any) -> jax.Array:
     is_number = dtype is not None and (
         jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
     )
-    require(is_number, f"Transition.{name} must be an array of numbers, got {describe(value)}")
+    came = describe(value) if dtype is None else f"{dtype} {value.shape}"
+    require(is_number, f"Transition.{name} must be an array of numbers, got {came}")
     return jnp.asarray(value).astype(jnp.float32)
 
 

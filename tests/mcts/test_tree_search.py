@@ -616,6 +616,22 @@ def answers(**changes):
         (answers(reward=0.0), ValueError, "Transition.reward must be an array of numbers, got"),
         (answers(discount=jnp.zeros(())), ValueError, "Transition.discount must have shape"),
         (answers(legal=jnp.ones((2, 3))), ValueError, "Transition.legal must be bool, got float32"),
+        (answers(legal=[True] * 3), ValueError, "Transition.legal must be an array, got list"),
+        (
+            answers(policy=jnp.ones((2, 3), bool)),
+            ValueError,
+            r"Transition.policy must be an array of numbers, got bool \(2, 3\)",
+        ),
+        (
+            answers(state={"name": "x"}),
+            TypeError,
+            r"must return arrays in state\['name'\], got str 'x'",
+        ),
+        (
+            lambda *x: (*plain_step(*x)[:2], type("Odd", (), {"policy": jnp.zeros((2, 3))})()),
+            TypeError,
+            "a kvjax.Transition or a mctx.RecurrentFnOutput, got Odd",
+        ),
         (
             lambda *x: plain_step(*x)[1:],
             TypeError,
