@@ -148,9 +148,7 @@ def root_of(root: Any) -> Root:
       TypeError: it is neither.
     """
     if isinstance(root, Root):
-        nothing = root.length is None and not jax.tree.leaves(root.tokens)
-        no_tokens = np.zeros(np.shape(root.value), np.int32)
-        return dataclasses.replace(root, length=no_tokens) if nothing else root
+        return root
     embedding: Any = getattr(root, "embedding", None)
     names = set(embedding) if isinstance(embedding, Mapping) else set()
     if not {"tokens", "length"} <= names <= {"tokens", "length", "state", "data", "legal"}:
@@ -180,14 +178,17 @@ def validate_root(root: Root, model: TreeModel) -> None:
         f"root.policy must have shape [B, A], at least one row and one action, got {shape}",
     )
     rows = shape[0]
-    expected = {"length": (root.length, (rows,)), "value": (root.value, (rows,))}
-    if root.legal is not None:
-        expected["legal"] = root.legal, shape
-    for name, (value, wanted) in expected.items():
-        came = np.shape(value)
-        require(came == wanted, f"root.{name} must have shape {wanted}, got {came}")
+    expected = {"length": (rows,), "value": (rows,), "legal": shape}
     kinds = {"length": jnp.integer, "policy": jnp.floating, "value": jnp.floating}
-    for name, kind in kinds.items():
+    left_out = {name for name in ("length", "legal") if getattr(root, name) is None}
+    if jax.tree.leaves(root.tokens):
+        left_out.discard("length")
+    for name, wanted in expected.items():
+        came = np.shape(getattr(root, name))
+        fits = name in left_out or came == wanted
+        require(fits, f"root.{name} must have shape {wanted}, got {came}")
+    for name in [name for name in kinds if name not in left_out]:
+        kind = kinds[name]
         dtype = jnp.result_type(getattr(root, name))
         is_kind = jnp.issubdtype(dtype, kind)
         require(is_kind, f"root.{name} must be {kind.__name__} numbers, got {dtype}")
@@ -205,6 +206,13 @@ def validate_root(root: Root, model: TreeModel) -> None:
                 f" [{', '.join(map(str, prefix))}, ...], got {came}",
             )
     validate_range("root.length", root.length, 0, model.size)
+
+
+def with_length(root: Root) -> Root:
+    """Roots without tokens are 0 tokens long."""
+    if root.length is not None:
+        return root
+    return dataclasses.replace(root, length=jnp.zeros_like(root.value, jnp.int32))
 
 
 def _validate_legal(legal: Any) -> None:

@@ -20,7 +20,7 @@ from kvjax.mcts import policies, search_tree, subtree
 from kvjax.mcts import tokens as own_tokens
 from kvjax.mcts.output import Dials, SearchOutput, split
 from kvjax.mcts.policies import Grown
-from kvjax.mcts.protocol import Facts, Root, TreeModel, checked, root_of, validate_root
+from kvjax.mcts.protocol import Facts, Root, TreeModel, checked, root_of, validate_root, with_length
 from kvjax.mcts.search_tree import SearchTree
 from kvjax.mcts.subtree import Kept, Past
 from kvjax.mcts.tree import Rules, Tree
@@ -162,6 +162,7 @@ def _begin(
     params: Any, rng: jax.Array, root: Root, *, model: TreeModel, search: SearchConfig
 ) -> Kept:
     """Trees in which no row finds its action."""
+    root = with_length(root)
     _, facts = checked(model, params, rng, root)
     fields = policies.num_fields(search, discounted=facts.discounted, raw=True)
     return subtree.begin(model, root, search, fields)
@@ -186,6 +187,7 @@ def _tree_search(
 ) -> SearchOutput:
     """`before` is what was kept, and the actions that followed."""
     del narrow
+    root = with_length(root)
     model, facts = checked(model, params, rng, root)
     run = functools.partial(_plan, model=model, facts=facts, search=search, return_tree=return_tree)
     kept, rows = None if before is None else before[0], meshes.rows_of(root.policy)
