@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from kvjax.config import BLOCK, SearchConfig, WorldModelConfig
@@ -21,6 +22,7 @@ from kvjax.tools.bench import lightzero_020, mctx_windows, rows
 OBSERVATION_SIZE = 4
 NUM_ACTIONS = 6
 _MIN_BLOCKS = 10
+_LONGEST_PLAYED = 64  # tokens; to fill longer windows step by step takes minutes
 _MIB = 2**20
 T = TypeVar("T")
 
@@ -86,6 +88,17 @@ def _observations(case: Case) -> Any:
     return np.random.default_rng(0).normal(size=shape).astype(np.float32)
 
 
+def _full(contexts: Contexts, config: WorldModelConfig) -> Contexts:
+    """Windows as full as in play, of tokens that nobody has computed."""
+    window, kept = contexts.window, config.window.kept_length
+    drawn = np.random.default_rng(0).normal(size=window.kv[0].shape).astype(window.kv.dtype)
+    drawn[kept:] = 0
+    kv = jnp.broadcast_to(jnp.asarray(drawn), window.kv.shape)
+    length = jnp.full_like(window.length, kept)
+    full = dataclasses.replace(window, kv=kv, length=length)
+    return Contexts(full, jnp.full_like(contexts.timestep, config.context_length // BLOCK))
+
+
 class Search:
     """One step of an episode by `kvjax.search` per call of `step`, or by mctx with windows."""
 
@@ -105,8 +118,11 @@ class Search:
         self.contexts = init_contexts(config, case.envs)
         self._action: Any = np.full(case.envs, FIRST_STEP)
         self._search = SearchConfig(num_simulations=1)
-        for _ in range(case.blocks):
-            self._act(*self._run(search))
+        if case.context > _LONGEST_PLAYED:
+            self.contexts, self._action = _full(self.contexts, config), np.zeros(case.envs, int)
+        else:
+            for _ in range(case.blocks):
+                self._act(*self._run(search))
         self._search = how or SearchConfig(case.simulations)
 
     def _run(self, function: Callable[..., T]) -> T:
