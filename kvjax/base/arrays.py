@@ -22,6 +22,17 @@ def num_rows(latent: ArrayLike) -> int:
     return int(shape[0])
 
 
+def validate_legal(legal: ArrayLike, of: str = "") -> None:
+    """Refuses host arrays [B, A] with rows in which no action is legal.
+
+    Args:
+      of: whose rows, for the message.
+    """
+    if isinstance(legal, np.ndarray) and not legal.any(axis=-1).all():
+        rows = np.flatnonzero(~legal.any(axis=-1)).tolist()
+        raise ValueError(f"every row{of} needs a legal action, rows {rows} have none")
+
+
 def validate_range(name: str, value: ArrayLike, first: int, last: int) -> None:
     """Refuses host arrays with values outside; looking into a device array would wait for it."""
     if isinstance(value, np.ndarray) and ((value < first) | (value > last)).any():

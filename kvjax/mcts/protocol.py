@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax.base import meshes
-from kvjax.base.arrays import validate_range
+from kvjax.base.arrays import validate_legal, validate_range
 from kvjax.base.values import describe, require, require_hashable, require_positive
 
 
@@ -34,7 +34,7 @@ class Node:
       state: pytree of [B, ...], what the step that made the node returned beside its tokens.
       depth: [B] int32, edges below the root.
       root: pytree of [B, ...], the `data` of the roots.
-      at_root: [B] int32, how many tokens of the whole window are the root's: its last ones.
+      at_root: [B] int32, how many tokens of the whole window are the root's, the last that it has.
     """
 
     tokens: Any
@@ -195,7 +195,7 @@ def validate_root(root: Root, model: TreeModel) -> None:
     if root.legal is not None:
         dtype = jnp.result_type(root.legal)
         require(dtype == np.bool_, f"root.legal must be bool, got {dtype}")
-        _validate_legal(root.legal)
+        validate_legal(root.legal, " of root.legal")
     prefixes = {"tokens": (rows, model.size), "state": (rows,), "data": (rows,)}
     for name, prefix in prefixes.items():
         for path, leaf in jax.tree.leaves_with_path(getattr(root, name)):
@@ -213,12 +213,6 @@ def with_length(root: Root) -> Root:
     if root.length is not None:
         return root
     return dataclasses.replace(root, length=jnp.zeros_like(root.value, jnp.int32))
-
-
-def _validate_legal(legal: Any) -> None:
-    if isinstance(legal, np.ndarray) and not legal.any(axis=-1).all():
-        rows = np.flatnonzero(~legal.any(axis=-1)).tolist()
-        raise ValueError(f"every row of root.legal needs a legal action, rows {rows} have none")
 
 
 @dataclasses.dataclass(frozen=True)

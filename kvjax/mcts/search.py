@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax.base import meshes
-from kvjax.base.arrays import ArrayLike, validate_range
+from kvjax.base.arrays import ArrayLike, validate_legal, validate_range
 from kvjax.base.compilation import is_traced, jit_small_operations
 from kvjax.base.values import require_type
 from kvjax.config import SearchConfig, WorldModelConfig
@@ -190,9 +190,7 @@ def _validate(
     if not jnp.issubdtype(last_action.dtype, jnp.integer):
         raise ValueError(f"last_action must be integers, got {last_action.dtype}")
     validate_range("last_action", last_action, step.FIRST_STEP, config.num_actions - 1)
-    if isinstance(legal, np.ndarray) and not legal.any(axis=-1).all():
-        rows = np.flatnonzero(~legal.any(axis=-1)).tolist()
-        raise ValueError(f"every row needs a legal action, rows {rows} have none")
+    validate_legal(legal)
 
 
 def is_narrow(config: WorldModelConfig, **_: Any) -> bool:

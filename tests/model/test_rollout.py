@@ -158,9 +158,12 @@ def test_a_corrected_window_has_gradients_of_its_own():
 
 @pytest.mark.parametrize("mode", ["learned", "rebuild"])
 def test_checkpointing_and_batching_change_nothing(mode):
-    (value, ours), (other_value, other) = gradient(cached, mode), gradient(spare, mode)
-    assert abs(value - other_value) < 1e-5
-    assert relative_error(other, ours) < 2e-5  # one unit in the last place of 1, over the floor
+    with jax.enable_x64(True):
+        (value, ours), (other_value, other) = (
+            gradient(play, mode, "float64") for play in (cached, spare)
+        )
+    assert abs(value - other_value) < 1e-12
+    assert relative_error(other, ours) < 1e-12
 
     config, params, actions, latents = example(mode)
     window = windows.init(config.window)
