@@ -417,36 +417,36 @@ def test_nothing_behind_an_end_is_heard_of(tree, junk):
     assert (over & parents).sum() > 50  # nodes behind ends
 
 
-BLOCK, SIZE = 3, 8
-
-
-def numbered_step(params, rng, node, action):
+def numbered_step(params, rng, node, action, *, block):
     """Tokens that say who made them: node's own number (a draw of the key), and their place."""
     name = jax.random.randint(rng, node.length.shape, 0, 2**30)
-    tokens = jnp.stack([name + place for place in range(BLOCK)])
+    tokens = jnp.stack([name + place for place in range(block)])
     flat = jnp.tanh(name % 7 - 3.0)
     policy = jnp.stack([jnp.sin(name % (5 + a)) for a in range(3)], axis=1)
     state = {"name": name, "length": node.length, "at_root": node.at_root, "depth": node.depth}
     return tokens, state, Transition(flat, flat, policy)
 
 
-@pytest.mark.parametrize("carry", [None, 0, 2])
 @pytest.mark.parametrize("in_place", [False, True])
-def test_every_window_is_its_parents_and_its_own_tokens(carry, in_place):
-    """Roots of all lengths, full windows that lose a block, tokens that are kept by `carry`."""
-    seen = []
+@pytest.mark.parametrize("seed", range(5))
+def test_every_window_is_its_parents_and_its_own_tokens(seed, in_place):
+    """Sizes drawn; roots of all lengths, full windows that lose a block or keep `carry` tokens."""
+    seen, draw = [], np.random.default_rng(seed)
+    block = int(draw.integers(1, 6))
+    size = block + int(draw.integers(8))
+    carry = [None, 0, block // 2, block][seed % 4]
 
     def step(params, rng, node, action):
         jax.debug.callback(lambda *x: seen.append(jax.tree.map(np.asarray, x)), node, action)
-        return numbered_step(params, rng, node, action)
+        return numbered_step(params, rng, node, action, block=block)
 
-    rows = SIZE + 1
+    rows = size + 1
     length = np.arange(rows, dtype=np.int32)
-    tokens = -np.arange(1, rows * SIZE + 1, dtype=np.int32).reshape(rows, SIZE)
+    tokens = -np.arange(1, rows * size + 1, dtype=np.int32).reshape(rows, size)
     nothing = np.zeros(rows, np.int32)
     state = dict.fromkeys(("name", "length", "at_root", "depth"), nothing)
     policy, value = np.zeros((rows, 3), np.float32), np.zeros(rows, np.float32)
-    model = TreeModel(BLOCK, SIZE, step, carry, in_place)
+    model = TreeModel(block, size, step, carry, in_place)
     by = SearchConfig(num_simulations=30, discount=0.9)
     root = Root(tokens, length, policy, value, state=state)
     out = tree_search({}, jax.random.key(1), root, model, search=by, return_tree=True)
@@ -457,14 +457,14 @@ def test_every_window_is_its_parents_and_its_own_tokens(carry, in_place):
         windows = {0: [int(x) for x in tokens[b, : length[b]]]}
         for n in range(1, 31):
             above = windows[int(tree.parent[b, n])]
-            own = [int(tree.state["name"][b, n]) + place for place in range(BLOCK)]
-            fits = len(above) + BLOCK <= SIZE
+            own = [int(tree.state["name"][b, n]) + place for place in range(block)]
+            fits = len(above) + block <= size
             if fits:
                 windows[n] = above + own
             elif carry is None:
-                windows[n] = above[BLOCK:] + own
+                windows[n] = above[block:] + own
             else:
-                windows[n] = own[BLOCK - carry :]
+                windows[n] = own[block - carry :]
             assert tree.length[b, n] == len(windows[n])
             assert tree.tokens[b, n, : len(windows[n])].tolist() == windows[n]
             assert tree.state["length"][b, n] == len(above)
