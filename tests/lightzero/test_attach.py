@@ -353,8 +353,10 @@ def test_a_stale_table_is_reported_and_not_used():
     for m in (model, twin):
         with torch.no_grad():
             m.world_model.pos_emb.weight.add_(torch.linspace(0, 1, 20)[:, None])
-    with pytest.warns(UserWarning, match="table of position corrections is .* off"):
+    said = "table of position corrections is .* off"
+    with pytest.warns(UserWarning, match=said) as told:
         lightzero.attach(twin.world_model)
+    assert [warning.filename for warning in told] == [__file__]  # who called, not where we are
     model.world_model.precompute_pos_emb_diff_kv()
     ours, theirs = Driver(twin, 4), Driver(model, 4)
     for _ in range(6):

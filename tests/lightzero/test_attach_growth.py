@@ -101,6 +101,15 @@ def test_rewriting_what_is_stored_takes_no_room(caplog):
     assert check_whole(handle)["nodes_slots"] == 24
 
 
+def test_it_is_told_once_however_often_it_grows(caplog):
+    caplog.set_level(logging.INFO, logger="kvjax")
+    model, handle = attached()
+    Driver(model, ROWS).step(2 * SEARCHED)
+    assert check_whole(handle)["nodes_slots"] == 96
+    levels = [x.levelno for x in growths(caplog)]
+    assert levels == [logging.WARNING, logging.INFO]
+
+
 def test_a_larger_search_is_not_compiled_again_and_again():
     model, _ = attached()
     driver = Driver(model, ROWS)

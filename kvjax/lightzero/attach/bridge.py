@@ -5,6 +5,8 @@ Shapes: B rows, B' = B rounded up to a power of two, E embedding size.
 
 import contextlib
 import copy
+import inspect
+import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -112,7 +114,7 @@ class Bridge:
                 f"the model's own table of position corrections is {error:.3g} off: it was computed"
                 " from other weights. kvjax uses the weights as they are; for LightZero's own"
                 " caches call world_model.precompute_pos_emb_diff_kv()",
-                stacklevel=3,
+                stacklevel=_callers_level(),
             )
 
     def follow_weights(self, wm: Any, *, thorough: bool) -> None:
@@ -269,6 +271,17 @@ class Bridge:
         name = scope or self._name
         require(name in self._scopes, f"no scope {name!r}, there are {', '.join(self._scopes)}")
         return stores.stats(self._clean(name).filed.store)
+
+
+def _callers_level() -> int:
+    """The `stacklevel` of a warning that shall name the line which called kvjax."""
+    frames = itertools.takewhile(_is_ours, inspect.stack(context=0)[1:])
+    return 1 + len(list(frames))
+
+
+def _is_ours(info: inspect.FrameInfo) -> bool:
+    name = info.frame.f_globals.get("__name__", "")
+    return str(name).startswith("kvjax.")
 
 
 def _on_host(latent: Any) -> Array:

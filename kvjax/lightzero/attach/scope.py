@@ -142,7 +142,9 @@ def make_room(scope: Scope, rows: int) -> Scope:
     slots, stored = scope.node_slots, int(pools.is_live(scope.filed.store.nodes).sum())
     if stored + rows > slots:
         slots, before = max(_GROWTH * slots, stored + rows), slots
-        _log.warning(
+        is_first = before == scope.description.node_slots
+        _log.log(
+            logging.WARNING if is_first else logging.INFO,
             "a search has more than %d nodes, the world model is configured for num_simulations=%d"
             " of env_num=%d: there is room for %d from now on, for which kvjax compiles once more."
             " Set world_model_cfg.num_simulations to the most simulations that any policy makes",
