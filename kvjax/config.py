@@ -63,12 +63,33 @@ _UNREAD: dict[Tree, tuple[str, ...]] = {
 
 Layout = Literal["0.2.0", "main"]
 Norm = Literal["simnorm", "layernorm"]
+HiddenNorm = Literal["batchnorm", "layernorm"]
+EncoderKind = Literal["resnet", "memory", "vit"]
 
 POOLED_SIDES = (84, 96)
 """Sides of images that the encoder pools once more than others, to the same feature plane."""
 
 IMAGE_SIDES = (64, *POOLED_SIDES)
 """Sides in pixels of the square images that LightZero's encoder takes."""
+
+VIT_PATCH, VIT_HEAD, VIT_SIMNORM_GROUP = 8, 64, 8
+"""Side of a patch, width of a head and SimNorm's group in LightZero's vision transformers."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Images:
+    """What a kind of encoder takes."""
+
+    sides: tuple[int, ...]  # of a picture, in pixels
+    described: str  # the sides
+    channel_step: int = 1  # what `image_channels` is a multiple of
+
+
+_IMAGES: dict[EncoderKind, _Images] = {
+    "resnet": _Images(IMAGE_SIDES, f"one of {', '.join(map(str, IMAGE_SIDES))}", channel_step=2),
+    "memory": _Images((5,), "5", channel_step=4),
+    "vit": _Images(tuple(range(VIT_PATCH, 257, VIT_PATCH)), f"{VIT_PATCH}, {2 * VIT_PATCH} .. 256"),
+}
 
 
 def check_stored_env(source: Any, env_id: str, said: str | None = None, hint: str = "") -> None:
@@ -152,7 +173,12 @@ class WorldModelConfig:
     `observation_size` is for vectors, `image_shape` for images; with neither the model has no
     encoder: observations are latents.
     `layout` names the release whose heads the model has; `encoder_norm` and `latent_norm` say how
-    the encoder and the observation head end.
+    the encoder and the observation head end, `encoder_hidden_norm` what is between the layers of an
+    encoder of vectors or a "resnet".
+
+    `image_encoder` is LightZero's `RepresentationNetworkUniZero` ("resnet"), its encoder of
+    MemoryEnv ("memory"), or its vision transformer ("vit"), of `image_blocks` blocks whose tokens
+    are `image_channels` wide.
 
     `window_mode` says what positions are and what happens when a window has reached C - 1 tokens:
 
@@ -189,17 +215,24 @@ class WorldModelConfig:
     image_shape: tuple[int, int, int] | None = None  # channels, height, width
     image_channels: int = 64  # of the image encoder's feature planes
     image_blocks: int = 1  # residual blocks behind the image encoder's last pooling
+    image_encoder: EncoderKind = "resnet"
+    image_heads: int = 12  # of a vision transformer's attention
+    image_hidden: int = 3072  # width of a vision transformer's feed-forward layers
+    encoder_hidden_norm: HiddenNorm = "batchnorm"
 
     def __post_init__(self) -> None:
         make_plain(self)
         sizes = ("embed_dim", "num_layers", "num_heads", "num_actions")
         require_positive(self, *sizes, "simnorm_group", "image_channels")
+        require_positive(self, "image_heads", "image_hidden")
         require(
             self.embed_dim % self.num_heads == 0,
             f"num_heads must divide embed_dim {self.embed_dim}, got {self.num_heads}",
         )
         if self.observation_size is not None:
             require_positive(self, "observation_size")
+        require_one_of("image_encoder", self.image_encoder, get_args(EncoderKind))
+        require_one_of("encoder_hidden_norm", self.encoder_hidden_norm, get_args(HiddenNorm))
         if self.image_shape is not None:
             self._check_image(self.image_shape)
         blocks = self.image_blocks
@@ -254,17 +287,29 @@ class WorldModelConfig:
         require(
             self.observation_size is None, "observation_size and image_shape exclude each other"
         )
-        require(self.image_channels % 2 == 0, f"image_channels must be even: {self.image_channels}")
-        sides = ", ".join(map(str, IMAGE_SIDES))
+        kind, channels = self.image_encoder, self.image_channels
+        images = _IMAGES[kind]
+        multiple = "even" if images.channel_step == 2 else f"a multiple of {images.channel_step}"
+        require(
+            channels % images.channel_step == 0, f"image_channels must be {multiple}: {channels}"
+        )
         require(
             isinstance(shape, tuple)
             and len(shape) == 3
             and all(map(is_integer, shape))
             and shape[0] >= 1
             and shape[1] == shape[2]
-            and shape[1] in IMAGE_SIDES,
-            f"image_shape must be (channels, side, side), side one of {sides}, got {shape!r}",
+            and shape[1] in images.sides,
+            f"image_shape must be (channels, side, side), side {images.described}, got {shape!r}",
         )
+        hidden = self.encoder_hidden_norm
+        require(
+            kind == "resnet" or hidden == "batchnorm",
+            f'encoder_hidden_norm must be batchnorm with image_encoder "{kind}", got {hidden}',
+        )
+        if kind == "vit" and self.encoder_norm == "simnorm":
+            group, width = VIT_SIMNORM_GROUP, self.embed_dim
+            require(width % group == 0, f"embed_dim must be a multiple of {group}, got {width}")
 
     @functools.cached_property
     def window(self) -> WindowConfig:

@@ -38,6 +38,11 @@ _DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float
 _HEADER_SIZE = struct.Struct("<Q")
 _SIZES = ("embed_dim", "num_actions", "observation_size", "max_tokens", "support_size")
 _COUNTS = ("num_layers", "image_blocks")
+_IMAGE_SIZES = {
+    "resnet": ("image_channels",),
+    "memory": ("image_channels",),
+    "vit": ("image_channels", "image_heads", "image_hidden"),
+}
 
 _log = logging.getLogger(__name__)
 
@@ -214,7 +219,7 @@ def _checked_params(path: Path, config: WorldModelConfig, tensors: Tensors) -> P
 def _check_sizes(path: Path, config: WorldModelConfig, tensors: Tensors) -> None:
     """Before a model of these sizes is traced: a size is a side of some tensor."""
     longest = max((side for tensor in tensors.values() for side in tensor.shape), default=0)
-    sizes = (*_SIZES, "image_channels") if config.image_shape else _SIZES
+    sizes = _SIZES + (_IMAGE_SIZES[config.image_encoder] if config.image_shape else ())
     limits = dict.fromkeys(sizes, longest) | dict.fromkeys(_COUNTS, len(tensors))
     for name, limit in limits.items():
         value = getattr(config, name) or 0

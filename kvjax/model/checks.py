@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax.base.values import describe, require_type
-from kvjax.config import WorldModelConfig
+from kvjax.config import VIT_HEAD, VIT_PATCH, WorldModelConfig
 from kvjax.model.world_model import Params
 from kvjax.ops.window import Window
 
@@ -71,13 +71,36 @@ def _landmarks(config: WorldModelConfig) -> list[tuple[tuple[str, ...], tuple[in
         "latent_final/norm/bias": norms[config.latent_norm],
     }
     if config.has_encoder:
-        known["encoder/final/norm/bias"] = norms[config.encoder_norm]
-    if config.image_shape is not None:
-        known["encoder/stem/kernel"] = (3, 3, config.image_shape[0], config.image_channels // 2)
-        known[f"encoder/blocks_{config.image_blocks}/conv1/kernel"] = None
-    elif config.has_encoder:
-        known["encoder/input/kernel"] = (config.observation_size, width)
+        known |= _encoder_landmarks(config, norms[config.encoder_norm])
     return [(("params", *name.split("/")), shape) for name, shape in known.items()]
+
+
+def _encoder_landmarks(config: WorldModelConfig, norm: Any) -> dict[str, Any]:
+    known: dict[str, Any] = {"encoder/final/norm/bias": norm}
+    if config.image_shape is None:
+        is_layer_norm = config.encoder_hidden_norm == "layernorm"
+        known["encoder/input/kernel"] = (config.observation_size, config.embed_dim)
+        known["encoder/layer_norm/bias"] = (config.embed_dim,) if is_layer_norm else None
+        return known
+    planes, side, _ = config.image_shape
+    channels, blocks = config.image_channels, config.image_blocks
+    match config.image_encoder:
+        case "resnet":
+            known["encoder/stem/kernel"] = (3, 3, planes, channels // 2)
+            is_layer_norm = config.encoder_hidden_norm == "layernorm"
+            plane = (side // 2, side // 2) if is_layer_norm else ()
+            known["encoder/stem_norm/bias"] = (*plane, channels // 2)
+            known[f"encoder/blocks_{blocks}/conv1/kernel"] = None
+        case "memory":
+            known["encoder/convs_0/kernel"] = (3, 3, planes, channels // 4)
+        case "vit":
+            known["encoder/positions"] = (1, 1 + (side // VIT_PATCH) ** 2, channels)
+            known[f"encoder/blocks_{blocks}/expand/bias"] = None
+            if blocks:
+                known["encoder/blocks_0/expand/bias"] = (config.image_hidden,)
+                heads = config.image_heads
+                known["encoder/blocks_0/qkv/kernel"] = (channels, 3 * heads * VIT_HEAD)
+    return known
 
 
 def validate_key(rng: Any) -> None:

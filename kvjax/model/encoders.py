@@ -8,37 +8,31 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from kvjax.config import POOLED_SIDES, Norm, WorldModelConfig
-
-EPSILON = 1e-5
-"""Of LayerNorm and BatchNorm, as in torch."""
+from kvjax.config import POOLED_SIDES, HiddenNorm, WorldModelConfig
+from kvjax.model.norms import EPSILON, Normalise, layer_norm
+from kvjax.model.vit import VisionTransformer
 
 _EDGE = ((1, 1), (1, 1))  # every convolution and pooling is 3x3 and pads one pixel
 _HALVE = (2, 2)
-
-
-def layer_norm(name: str | None = None) -> nn.LayerNorm:
-    """LayerNorm as torch computes it."""
-    return nn.LayerNorm(epsilon=EPSILON, use_fast_variance=False, name=name)
-
-
-class Normalise(nn.Module):
-    """The norm that ends an encoder or an observation head: SimNorm or LayerNorm."""
-
-    kind: Norm
-    group: int
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:  # noqa: D102
-        if self.kind == "layernorm":
-            normed: jax.Array = layer_norm(name="norm")(x)
-            return normed
-        grouped: jax.Array = jax.nn.softmax(x.reshape(-1, self.group), axis=-1)
-        return grouped.reshape(x.shape)
+_PLANES = (-3, -2, -1)
 
 
 def _batch_norm() -> nn.BatchNorm:
     return nn.BatchNorm(use_running_average=True, epsilon=EPSILON)
+
+
+def _plane_norm(kind: HiddenNorm, *, scales_pixels: bool = False) -> nn.Module:
+    """Norm of feature planes [H, W, N].
+
+    LayerNorm is over all of them at once. It scales by channel, as torch's `GroupNorm` of one group
+    does, or also by pixel, as torch's `LayerNorm` of [N, H, W].
+    """
+    if kind == "batchnorm":
+        return _batch_norm()
+    scaled = _PLANES if scales_pixels else -1
+    return nn.LayerNorm(
+        EPSILON, reduction_axes=_PLANES, feature_axes=scaled, use_fast_variance=False
+    )
 
 
 class VectorEncoder(nn.Module):
@@ -48,17 +42,21 @@ class VectorEncoder(nn.Module):
 
     def setup(self) -> None:  # noqa: D102
         self.input = nn.Dense(self.config.embed_dim)
-        self.batch_norm = _batch_norm()
+        if self.config.encoder_hidden_norm == "batchnorm":
+            self.batch_norm = _batch_norm()
+        else:
+            self.layer_norm = layer_norm()
         self.output = nn.Dense(self.config.embed_dim)
         self.final = Normalise(self.config.encoder_norm, self.config.simnorm_group)
 
     def __call__(self, observation: jax.Array) -> jax.Array:  # noqa: D102
-        hidden = nn.gelu(self.batch_norm(self.input(observation)))
-        return self.final(self.output(hidden))
+        is_batch_norm = self.config.encoder_hidden_norm == "batchnorm"
+        norm = self.batch_norm if is_batch_norm else self.layer_norm
+        return self.final(self.output(nn.gelu(norm(self.input(observation)))))
 
 
-def _conv(channels: int, strides: tuple[int, int] = (1, 1)) -> nn.Conv:
-    return nn.Conv(channels, (3, 3), strides, padding=_EDGE, use_bias=False)
+def _conv(channels: int, strides: tuple[int, int] = (1, 1), use_bias: bool = False) -> nn.Conv:
+    return nn.Conv(channels, (3, 3), strides, padding=_EDGE, use_bias=use_bias)
 
 
 class ResidualBlock(nn.Module):
@@ -68,12 +66,13 @@ class ResidualBlock(nn.Module):
     """
 
     channels: int
+    norm: HiddenNorm
     halve: bool = False
 
     def setup(self) -> None:  # noqa: D102
         strides = _HALVE if self.halve else (1, 1)
-        self.conv1, self.norm1 = _conv(self.channels, strides), _batch_norm()
-        self.conv2, self.norm2 = _conv(self.channels), _batch_norm()
+        self.conv1, self.norm1 = _conv(self.channels, strides), _plane_norm(self.norm)
+        self.conv2, self.norm2 = _conv(self.channels), _plane_norm(self.norm)
         if self.halve:
             self.shortcut = _conv(self.channels, strides)
 
@@ -93,13 +92,14 @@ class ImageEncoder(nn.Module):
 
     def setup(self) -> None:  # noqa: D102
         config = self.config
-        channels = config.image_channels
-        self.stem, self.stem_norm = _conv(channels // 2, _HALVE), _batch_norm()
-        self.stage1 = ResidualBlock(channels // 2)
-        self.downsample = ResidualBlock(channels, halve=True)
-        self.stage2 = ResidualBlock(channels)
-        self.stage3 = ResidualBlock(channels)
-        self.blocks = [ResidualBlock(channels) for _ in range(config.image_blocks)]
+        channels, norm = config.image_channels, config.encoder_hidden_norm
+        self.stem = _conv(channels // 2, _HALVE)
+        self.stem_norm = _plane_norm(norm, scales_pixels=True)
+        self.stage1 = ResidualBlock(channels // 2, norm)
+        self.downsample = ResidualBlock(channels, norm, halve=True)
+        self.stage2 = ResidualBlock(channels, norm)
+        self.stage3 = ResidualBlock(channels, norm)
+        self.blocks = [ResidualBlock(channels, norm) for _ in range(config.image_blocks)]
         self.output = nn.Dense(config.embed_dim, use_bias=False)
         self.final = Normalise(config.encoder_norm, config.simnorm_group)
 
@@ -115,9 +115,38 @@ class ImageEncoder(nn.Module):
         return self.final(self.output(jnp.moveaxis(x, -1, 0).reshape(-1)))
 
 
+class MemoryEncoder(nn.Module):
+    """LightZero's `LatentEncoderForMemoryEnv`: image [F, H, W] -> [E].
+
+    Three convolutions of N / 4, N / 2 and N channels keep the picture's size, then the mean of each
+    plane is taken.
+    """
+
+    config: WorldModelConfig
+
+    def setup(self) -> None:  # noqa: D102
+        config = self.config
+        widths = [config.image_channels // part for part in (4, 2, 1)]
+        self.convs = [_conv(width, use_bias=True) for width in widths]
+        self.norms = [_batch_norm() for _ in widths]
+        self.output = nn.Dense(config.embed_dim, use_bias=False)
+        self.final = Normalise(config.encoder_norm, config.simnorm_group)
+
+    def __call__(self, image: jax.Array) -> jax.Array:  # noqa: D102
+        x = jnp.moveaxis(image, 0, -1)
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = nn.gelu(norm(conv(x)))
+        return self.final(self.output(x.mean(axis=(0, 1))))
+
+
+_IMAGE_ENCODERS = {"resnet": ImageEncoder, "memory": MemoryEncoder, "vit": VisionTransformer}
+
+
 def make(config: WorldModelConfig) -> nn.Module:
     """The encoder of a model that has one."""
-    return VectorEncoder(config) if config.image_shape is None else ImageEncoder(config)
+    if config.image_shape is None:
+        return VectorEncoder(config)
+    return _IMAGE_ENCODERS[config.image_encoder](config)
 
 
 def _pool(x: jax.Array) -> jax.Array:

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from kvjax.base.values import require, require_shape
 from kvjax.config import WorldModelConfig
 from kvjax.model.checks import validate_model
-from kvjax.model.encoders import EPSILON
+from kvjax.model.norms import EPSILON
 from kvjax.model.root_window import View
 from kvjax.model.world_model import Params, WorldModel
 from kvjax.ops import position

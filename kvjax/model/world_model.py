@@ -18,7 +18,7 @@ import numpy as np
 
 from kvjax.config import WorldModelConfig
 from kvjax.model import encoders
-from kvjax.model.encoders import Normalise, layer_norm
+from kvjax.model.norms import Normalise, layer_norm
 from kvjax.ops import attention, position
 from kvjax.ops import window as windows
 from kvjax.ops.window import Window

@@ -200,14 +200,13 @@ def renamed(state, old, new):
     [
         (
             lambda s: {k: v for k, v in s.items() if "norm1.running" not in k},
-            "image encoders without BatchNorm",
+            "missing tensor .*downsample_net.norm1.running_mean",
         ),
         (
             lambda s: renamed(s, "downsample_net.conv1", "conv"),
             "image encoders without downsampling",
         ),
-        (lambda s: renamed(s, "last_linear", "to_patch_embedding"), "vision transformers"),
-        (lambda s: renamed(s, "last_linear", "cnn"), "encoders of MemoryEnv"),
+        (lambda s: {k.replace(ENCODER, f"{ENCODER}0."): s[k] for k in s}, "a list of encoders"),
         (lambda s: renamed(s, "last_linear", "other"), "missing tensor .*last_linear.weight"),
         (
             lambda s: s | {f"{ENCODER}last_linear.weight": torch.zeros(32, 100)},
@@ -233,7 +232,7 @@ def test_variants_are_refused_by_name(models, change, message):
 @pytest.mark.parametrize(
     ("attributes", "message"),
     [
-        ({"final_norm_option_in_encoder": "L2Norm"}, "image encoders that end in L2Norm"),
+        ({"final_norm_option_in_encoder": "L2Norm"}, "encoders that end in L2Norm: encoder=None"),
         ({"activation": torch.nn.ReLU()}, r"image encoders with activation ReLU\(\)"),
     ],
 )

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from kvjax.base import files
-from kvjax.base.values import is_integer, is_number
-from kvjax.config import WindowMode
+from kvjax.base.values import is_integer, is_number, require
+from kvjax.config import VIT_HEAD, VIT_PATCH, WindowMode
 from kvjax.lightzero import module
+from kvjax.lightzero.checkpoint.encoding import LEAVE_OUT
 
 CLIP = "use_policy_logits_clip"
 
@@ -45,6 +46,15 @@ _MODES: dict[str, WindowMode] = {
     "rebuild_kv_window_from_tokens": "rebuild",
     "exact_kv_window_reset": "reset",
 }
+_FINAL_NORM, _FINAL_NORMS = "final_norm_option_in_encoder", ("simnorm", "layernorm")
+_ENCODERS_OWN = {
+    "normalize_pixel": False,
+    "pool": "cls",
+    "patch_size": VIT_PATCH,
+    "dim_head": VIT_HEAD,
+}
+"""Attributes of MemoryEnv's encoder and of vision transformers, as LightZero makes them."""
+
 _RANGES = ("reward_support_range", "value_support_range")
 
 
@@ -57,11 +67,12 @@ class Described:
     clips_logits: bool | None = None  # whether the policy's logits are; None: it does not say
 
 
-def by_file(checkpoint: Path) -> Described:
+def by_file(checkpoint: Path, *, reads_encoder: bool = True) -> Described:
     """What the run's configuration beside a checkpoint says; nothing where there is none.
 
     Args:
       checkpoint: its folder and the one above are looked through.
+      reads_encoder: whether what it says of the encoder matters.
 
     Raises:
       ValueError: it describes a variant that kvjax does not have.
@@ -74,11 +85,13 @@ def by_file(checkpoint: Path) -> Described:
             said = types.SimpleNamespace(**_literals(entries))
             with files.naming(path):
                 fields = _fields(said) | _model_fields(_literals(model))
+                if reads_encoder:
+                    _refuse_final_norm(said)
             return Described(fields, str(path), bool(getattr(said, CLIP, False)))
     return Described()
 
 
-def by_module(source: Any) -> Described:
+def by_module(source: Any, *, reads_encoder: bool = True) -> Described:
     """What a live torch `WorldModel` or `UniZeroModel` says.
 
     Raises:
@@ -89,7 +102,7 @@ def by_module(source: Any) -> Described:
     if config is None:
         raise ValueError(f"{type(source).__name__} has no config: expected a LightZero WorldModel")
     encoder = getattr(getattr(source, "tokenizer", None), "encoder", None)
-    fields = _fields(config) | _encoder_fields(encoder)
+    fields = _fields(config) | (_encoder_fields(encoder) if reads_encoder else {})
     return Described(fields, "the model", bool(getattr(config, CLIP, False)))
 
 
@@ -112,15 +125,27 @@ def _is_count(value: Any) -> bool:
 
 
 def _encoder_fields(encoder: Any) -> dict[str, Any]:
-    """What a live encoder tells, or {}; refuses another norm or activation."""
-    norm = getattr(encoder, "final_norm_option_in_encoder", "SimNorm")
-    if norm not in ("SimNorm", "LayerNorm"):
-        raise ValueError(f"unsupported variant: image encoders that end in {norm}")
+    """What a live encoder tells, or {}; refuses another norm, activation or way."""
+    _refuse_final_norm(encoder)
     activation = getattr(encoder, "activation", None)
     if activation is not None and getattr(activation, "approximate", None) != "tanh":
         raise ValueError(f"unsupported variant: image encoders with activation {activation}")
+    for owner in (encoder, getattr(encoder, "config", None)):
+        for name, expected in _ENCODERS_OWN.items():
+            said = getattr(owner, name, expected)
+            require(
+                said == expected,
+                f"unsupported variant: encoders with {name} {said}, expected {expected}",
+            )
     shape = getattr(encoder, "observation_shape", None)
     return {"image_shape": tuple(map(int, shape))} if isinstance(shape, tuple | list) else {}
+
+
+def _refuse_final_norm(owner: Any) -> None:
+    """Main has norms that leave no trace in the tensors."""
+    norm = getattr(owner, _FINAL_NORM, _FINAL_NORMS[0])
+    if str(norm).lower() not in _FINAL_NORMS:
+        raise ValueError(f"unsupported variant: encoders that end in {norm}{LEAVE_OUT}")
 
 
 def _model_fields(model: dict[str, Any]) -> dict[str, Any]:

@@ -16,12 +16,15 @@ from typing import Any
 from kvjax.base.values import listed, require
 from kvjax.config import POOLED_SIDES, WorldModelConfig
 from kvjax.lightzero import module
-from kvjax.lightzero.checkpoint import described, tensors, torch_file, variables
+from kvjax.lightzero.checkpoint import described, encoding, tensors, torch_file, variables
 from kvjax.lightzero.checkpoint.described import CLIP, Described
 from kvjax.lightzero.checkpoint.tensors import Sorted
 from kvjax.model.world_model import Params
 
 SAID, FROM_TENSORS, BY_DEFAULT = "as you said", "from the tensors", "by default"
+
+ENCODER = "encoder"
+"""The option that leaves the encoder out."""
 
 _ASKED = ("num_heads", "context_length")
 """What LightZero's tensors do not tell."""
@@ -52,6 +55,8 @@ def load(source: Any, **options: Any) -> tuple[WorldModelConfig, Params]:
         `image_shape` where they differ from LightZero's defaults. They win over a configuration.
         `use_policy_logits_clip="ignore"` reads a model of main whose policy logits are clipped in
         inference, which kvjax does not do: priors, and so searches, differ where logits are large.
+        `encoder=None` leaves the encoder's tensors out, as of a text encoder, which kvjax does not
+        have: observations are then latents [E].
 
     Returns:
       The configuration and the Flax variables. The log names where the configuration is from and
@@ -78,9 +83,11 @@ def read(source: Any, **options: Any) -> Imported:
     said = {name: value for name, value in options.items() if value is not None}
     clip = said.pop(CLIP, None)
     require(clip in (None, "ignore"), f'{CLIP} can only be "ignore", got {clip!r}')
+    reads_encoder = _reads_encoder(options)
+    said.pop(ENCODER, None)
     check_names(said)
-    told, state = _open(source)
-    found = tensors.sort(state)
+    told, state = _open(source, reads_encoder)
+    found = tensors.sort(state, reads_encoder=reads_encoder)
     tensors.refuse_variants(found)
     notes = _clip_notes(found, told, clip)
     config, origins = _configure(found, said, told)
@@ -88,16 +95,22 @@ def read(source: Any, **options: Any) -> Imported:
     return Imported(config, params, found.ignored, origins, notes)
 
 
-def _open(source: Any) -> tuple[Described, Any]:
+def _reads_encoder(options: Mapping[str, Any]) -> bool:
+    encoder = options.get(ENCODER, "own")
+    require(encoder in ("own", None), f'{ENCODER} can only be "own" or None, got {encoder!r}')
+    return encoder is not None
+
+
+def _open(source: Any, reads_encoder: bool) -> tuple[Described, Any]:
     """What a source's own configuration says, and its state dict."""
     told = Described()
     if isinstance(source, str | os.PathLike):
         path = Path(source)
         source = torch_file.read(path)
-        told = described.by_file(path)
+        told = described.by_file(path, reads_encoder=reads_encoder)
     source = module.unwrap(source)
     if hasattr(source, "state_dict"):
-        told = described.by_module(source)
+        told = described.by_module(source, reads_encoder=reads_encoder)
         source = source.state_dict()
     if not isinstance(source, Mapping):
         raise ValueError(f"expected a path, a state dict or a torch module, got {type(source)}")
@@ -127,7 +140,7 @@ def check_names(options: Mapping[str, Any]) -> None:
     known = sorted(field.name for field in dataclasses.fields(WorldModelConfig))
     if unknown := options.keys() - set(known):
         raise ValueError(
-            f"unknown options {listed(unknown)}; known are {', '.join([*known, CLIP])}"
+            f"unknown options {listed(unknown)}; known are {', '.join([*known, ENCODER, CLIP])}"
         )
 
 
@@ -137,7 +150,7 @@ def _configure(
     """The configuration, and where each of its fields is from: options win over what is told."""
     inferred = tensors.inferred_fields(found)
     for name in sorted(inferred.keys() & said.keys()):
-        if name != "support" and not _agree(name, said[name], inferred[name]):
+        if name != "support" and not _agree(name, said[name], inferred):
             raise ValueError(f"{name}={said[name]!r}, but the tensors say {inferred[name]!r}")
     own = _own_fields(told, said, inferred)
     _warn_of_differences(said, own, told.origin)
@@ -149,7 +162,7 @@ def _configure(
     origins = dict.fromkeys((field.name for field in dataclasses.fields(config)), BY_DEFAULT)
     origins |= dict.fromkeys(inferred.keys() - {"support"}, FROM_TENSORS)
     origins |= dict.fromkeys(own, f"from {told.origin}") | dict.fromkeys(said, SAID)
-    _warn_of_a_guessed_side(config, origins)
+    _warn_of_a_guessed_side(config, inferred, origins)
     return config, origins
 
 
@@ -172,7 +185,7 @@ def _own_fields(told: Described, said: dict[str, Any], inferred: dict[str, Any])
         fields.pop("image_shape", None)  # a state dict without its encoder, or a vector's
     tensors_say = inferred | {"window_mode": "rope" if inferred["max_tokens"] is None else "table"}
     for name in sorted(fields.keys() & tensors_say.keys()):
-        if _agree(name, fields[name], tensors_say[name]):
+        if _agree(name, fields[name], tensors_say):
             continue
         problem = f"{told.origin} says {name}={fields[name]!r}, the tensors {tensors_say[name]!r}"
         if not said.keys() >= set(_ASKED):
@@ -185,15 +198,16 @@ def _own_fields(told: Described, said: dict[str, Any], inferred: dict[str, Any])
     return fields
 
 
-def _agree(name: str, value: Any, tensors_say: Any) -> bool:
+def _agree(name: str, value: Any, inferred: dict[str, Any]) -> bool:
     """Whether a field may be what is said; images of sides that are pooled alike are alike."""
+    tensors_say = inferred[name]
     if name == "window_mode":
         return bool(value.startswith("rope") == (tensors_say == "rope"))
     if name == "support":
         return bool(value[1] - value[0] == tensors_say[1] - tensors_say[0])
     if name == "image_shape" and isinstance(value, tuple | list):
         planes, side, _ = tensors_say
-        sides = POOLED_SIDES if side in POOLED_SIDES else (side,)
+        sides = (side,) if encoding.tells_side(inferred) else POOLED_SIDES
         return tuple(value) in {(planes, side, side) for side in sides}
     return bool(value == tensors_say)
 
@@ -205,8 +219,10 @@ def _warn_of_differences(said: dict[str, Any], own: dict[str, Any], origin: str)
             _log.warning(text, name, said[name], origin, own[name])
 
 
-def _warn_of_a_guessed_side(config: WorldModelConfig, origins: Mapping[str, str]) -> None:
-    shape = config.image_shape
-    if shape and shape[1] in POOLED_SIDES and origins["image_shape"] == FROM_TENSORS:
+def _warn_of_a_guessed_side(
+    config: WorldModelConfig, inferred: dict[str, Any], origins: Mapping[str, str]
+) -> None:
+    if not encoding.tells_side(inferred) and origins["image_shape"] == FROM_TENSORS:
+        _, side, _ = config.observation_shape
         text = "images of %s make equal tensors: %d is taken, say image_shape where it is another"
-        _log.warning(text, " and ".join(map(str, POOLED_SIDES)), shape[1])
+        _log.warning(text, " and ".join(map(str, POOLED_SIDES)), side)

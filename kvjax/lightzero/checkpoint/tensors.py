@@ -10,7 +10,9 @@ import jax
 import numpy as np
 
 from kvjax.base.values import require
-from kvjax.config import BLOCK, IMAGE_SIDES, POOLED_SIDES, Layout, WorldModelConfig
+from kvjax.config import BLOCK, Layout, WorldModelConfig
+from kvjax.lightzero.checkpoint import encoding
+from kvjax.lightzero.checkpoint.encoding import ENCODER
 from kvjax.model import world_model
 
 Tensors = dict[str, np.ndarray[Any, Any]]
@@ -35,7 +37,6 @@ _WRAPPERS = r"(?:^|(?<=\.))(?:_orig_mod|module)\."  # torch.compile, Distributed
 _ENCODER_COPY = "tokenizer.encoder."
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 
-ENCODER = "representation_network."
 HEADS = ("head_rewards", "head_observations", "head_policy", "head_value")
 LATENT_NORM = "head_observations.head_module.5"
 HEAD_OUTPUT = {"0.2.0": 2, "main": 4}
@@ -43,23 +44,15 @@ HEAD_OUTPUT = {"0.2.0": 2, "main": 4}
 
 _FINAL_NORM = "transformer.ln_f.weight"
 _POSITIONS = "pos_emb.weight"
-_VECTORS, _VECTORS_NORM = f"{ENCODER}fc_representation.0.weight", f"{ENCODER}norm.weight"
-_IMAGES, _IMAGES_NORM = f"{ENCODER}downsample_net.conv1.weight", f"{ENCODER}final_norm.weight"
-_IMAGE_OUTPUT = f"{ENCODER}last_linear.weight"
-_IMAGE_STATISTICS = f"{ENCODER}downsample_net.norm1.running_mean"
 
 _UNSUPPORTED = {
+    r".*task_emb|head_\w+_multi_task\.": "multi-task models",
     r"transformer\.blocks\.\d+\.gate[12]\.": "GRU gating",
     r"transformer\.blocks\.\d+\.(experts|feed_forward\.(experts|gate))\.": "mixture of experts",
     r".*\.lora_": "LoRA adapters",
     r"act_embedding_table\.0\.": "continuous actions",
-    r".*task_emb|head_\w+_multi_task\.": "multi-task models",
     r"head_\w+\.head_module\.\d+\.(experts|gate|phi)\b": "heads with a mixture of experts",
     r".*register_token": "register tokens",
-    rf"{ENCODER}(pretrained_model|model|embed_proj_head)\.": "text encoders",
-    rf"{ENCODER}to_patch_embedding\.": "vision transformers",
-    rf"{ENCODER}cnn\.": "encoders of MemoryEnv",
-    rf"{ENCODER}conv\.": "image encoders without downsampling",
 }
 """Patterns of names, and the variants that have such tensors."""
 
@@ -77,19 +70,22 @@ class Sorted:
     telling: dict[str, Any]  # ignored tensors that tell of the configuration, uncopied
 
 
-def sort(state: Any) -> Sorted:
+def sort(state: Any, *, reads_encoder: bool = True) -> Sorted:
     """Strips wrappers, folds the encoder's copies into one, sets ignored tensors aside.
 
     Raises:
-      ValueError: it is no state dict of a model, or a tensor of it cannot be a weight.
+      ValueError: it is no state dict of a model, the names of its tensors are those of a variant
+        that kvjax does not have, or a tensor of it cannot be a weight.
     """
     _require_state_dict(state)
+    names = {original: _inner_name(original) for original in state}
+    _refuse_names([name for name in names.values() if not _is_ignored(name, reads_encoder)])
     weights: Tensors = {}
     ignored: list[str] = []
     telling: dict[str, Any] = {}
     for original, tensor in state.items():
-        name = _inner_name(original)
-        if any(re.fullmatch(pattern, name) for pattern in IGNORED):
+        name = names[original]
+        if _is_ignored(name, reads_encoder):
             ignored.append(original)
             telling |= {name: tensor} if name.endswith(_TELLING) else {}
             continue
@@ -100,6 +96,21 @@ def sort(state: Any) -> Sorted:
             ignored.append(original)
         weights.setdefault(name, value)
     return Sorted(weights, tuple(ignored), telling)
+
+
+def _is_ignored(name: str, reads_encoder: bool) -> bool:
+    if name.startswith(ENCODER) and not reads_encoder:
+        return True
+    return any(re.fullmatch(pattern, name) for pattern in IGNORED)
+
+
+def _refuse_names(names: list[str]) -> None:
+    """Before a tensor is looked at: text encoders, for example, hold integers."""
+    for variants, hint in ((_UNSUPPORTED, ""), (encoding.UNSUPPORTED, encoding.LEAVE_OUT)):
+        for pattern, variant in variants.items():
+            for name in names:
+                if re.match(pattern, name):
+                    raise ValueError(f"unsupported variant: {variant} (tensor {name}){hint}")
 
 
 def _require_state_dict(state: Any) -> None:
@@ -142,17 +153,8 @@ def _require_dense_floats(name: str, tensor: Any) -> None:
 
 
 def refuse_variants(found: Sorted) -> None:
-    """Raises `ValueError` that names the variant which kvjax does not have, and a tensor of it."""
+    """Raises `ValueError` that names the variant which shapes tell, and a tensor of it."""
     weights = found.weights
-    for pattern, variant in _UNSUPPORTED.items():
-        for name in weights:
-            if re.match(pattern, name):
-                raise ValueError(f"unsupported variant: {variant} (tensor {name})")
-    require(
-        _IMAGES not in weights or _IMAGE_STATISTICS in weights,
-        "unsupported variant: image encoders without BatchNorm (the checkpoint has no"
-        f" {_IMAGE_STATISTICS})",
-    )
     for head in HEADS:
         name = f"{head}.head_module.1.weight"
         hidden, width = (weights[name].shape if name in weights else (0, 1))[:2]
@@ -180,8 +182,6 @@ def support_size(weights: Tensors) -> int:
 def inferred_fields(found: Sorted) -> dict[str, Any]:
     """Fields of `WorldModelConfig` that the tensors tell, `support` only by its size.
 
-    Sides of 84 and 96 make equal shapes: the larger one is taken.
-
     Raises:
       ValueError: a tensor that would tell is missing or has other dimensions.
     """
@@ -198,7 +198,7 @@ def inferred_fields(found: Sorted) -> dict[str, Any]:
         "layout": layout(weights),
         "latent_norm": _norm(f"{LATENT_NORM}.weight" in weights),
     }
-    return fields | _rotated_heads(found, embed_dim) | _encoder_fields(weights)
+    return fields | _rotated_heads(found, embed_dim) | encoding.fields(weights)
 
 
 def _norm(has_weight: bool) -> str:
@@ -223,36 +223,6 @@ def _rotated_heads(found: Sorted, embed_dim: int) -> dict[str, int]:
             require(is_fitting, f"{name} rotates heads of {head_dim}, embed_dim is {embed_dim}")
             return {"num_heads": embed_dim // head_dim}
     return {}
-
-
-def _encoder_fields(weights: Tensors) -> dict[str, Any]:
-    if _VECTORS in weights:
-        norm = _norm(_VECTORS_NORM in weights)
-        return {"observation_size": _shape(weights, _VECTORS, 2)[1], "encoder_norm": norm}
-    if _IMAGES not in weights:
-        return {}
-    half, planes = _shape(weights, _IMAGES, 4)[:2]
-    features = _shape(weights, _IMAGE_OUTPUT, 2)[1] / max(1, 2 * half)
-    sides = {_plane_side(side) ** 2: side for side in IMAGE_SIDES}
-    require(
-        features in sides,
-        f"{_IMAGE_OUTPUT} has shape {weights[_IMAGE_OUTPUT].shape}: no image side of {IMAGE_SIDES}"
-        f" makes that of {2 * half} channels",
-    )
-    blocks = {m[1] for k in weights if (m := re.match(rf"{ENCODER}resblocks\.(\d+)\.", k))}
-    return {
-        "image_shape": (planes, sides[int(features)], sides[int(features)]),
-        "image_channels": 2 * half,
-        "image_blocks": len(blocks),
-        "encoder_norm": _norm(_IMAGES_NORM in weights),
-    }
-
-
-def _plane_side(image_side: int) -> int:
-    """Side of the feature plane that the encoder makes of an image: 8 of 64, 6 of 84 and 96."""
-    for _ in range(4 if image_side in POOLED_SIDES else 3):
-        image_side = (image_side + 1) // 2
-    return image_side
 
 
 def check_positions(config: WorldModelConfig, found: Sorted) -> None:

@@ -1,0 +1,29 @@
+"""Norms as torch computes them (Flax)."""
+
+import flax.linen as nn
+import jax
+
+from kvjax.config import Norm
+
+EPSILON = 1e-5
+"""Of LayerNorm and BatchNorm, as in torch."""
+
+
+def layer_norm(name: str | None = None) -> nn.LayerNorm:
+    """LayerNorm as torch computes it."""
+    return nn.LayerNorm(epsilon=EPSILON, use_fast_variance=False, name=name)
+
+
+class Normalise(nn.Module):
+    """The norm that ends an encoder or an observation head: SimNorm or LayerNorm."""
+
+    kind: Norm
+    group: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:  # noqa: D102
+        if self.kind == "layernorm":
+            normed: jax.Array = layer_norm(name="norm")(x)
+            return normed
+        grouped: jax.Array = jax.nn.softmax(x.reshape(-1, self.group), axis=-1)
+        return grouped.reshape(x.shape)
