@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from kvjax.base.values import require
 from kvjax.lightzero.checkpoint.described import CLIP
 from kvjax.lightzero.checkpoint.reading import SAID, check_names, read
 from kvjax.model import checkpoint
@@ -26,12 +27,15 @@ def read_agent(source: str | Path, **options: Any) -> tuple[Checkpoint, tuple[st
     return found.agent, found.ignored
 
 
-def find_agent(source: str | Path, *, env: str | None = None, **options: Any) -> Found:
+def find_agent(
+    source: str | Path, *, env: str | None = None, encoder: str | None = "own", **options: Any
+) -> Found:
     """Reads an agent, and says where each field of its configuration is from.
 
     Args:
       source: a shipped agent's name, a `.safetensors` file or a LightZero `.pth.tar` file.
       env: the environment to play, see `kvjax.checkpoint.load`.
+      encoder: None leaves the encoder of a LightZero file out, see `kvjax.lightzero.load`.
       **options: those of `kvjax.lightzero.load` that are not None: what a LightZero file does not
         tell, as `num_heads` and `context_length`. A kvjax file must agree, but for `window_mode`.
 
@@ -42,8 +46,9 @@ def find_agent(source: str | Path, *, env: str | None = None, **options: Any) ->
     path = checkpoint.shipped().get(str(source), Path(source))
     said = {name: value for name, value in options.items() if value is not None}
     if path.suffix == checkpoint.SUFFIX:
+        require(encoder is not None, f"{path} is kvjax's: its encoder is read with it")
         return _find_own(path, said, env)
-    imported = read(path, **said)
+    imported = read(path, encoder=encoder, **said)
     agent = Checkpoint(imported.config, imported.params, notes=imported.notes)
     return Found(agent, imported.ignored, imported.origins)
 

@@ -104,6 +104,14 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("checkpoint", metavar="CKPT")
     convert.add_argument("output", metavar="OUT.safetensors")
     add_model_options(convert)
+    convert.add_argument(
+        "--no-encoder",
+        dest="encoder",
+        action="store_const",
+        const=None,
+        default="own",
+        help="leave the encoder out: observations are then latents",
+    )
 
     bench = _command(commands, "bench", _bench, "measure speed as ratios in one run")
     bench.add_argument("what", choices=BENCHMARKS)

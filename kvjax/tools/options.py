@@ -80,7 +80,7 @@ def agent_of(args: argparse.Namespace) -> Found:
     """Reads a shipped, kvjax or LightZero checkpoint; its environment, options first."""
     said = {name: getattr(args, name) for name in _OPTIONS if name != _SCALE}
     with warnings_shown():
-        found = find_agent(args.checkpoint, **said)
+        found = find_agent(args.checkpoint, encoder=getattr(args, "encoder", "own"), **said)
     environment = environment_of(args, found.agent)
     return dataclasses.replace(
         found, agent=dataclasses.replace(found.agent, environment=environment)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+import types
 
 import flax_model
 import jax
@@ -14,9 +15,11 @@ from hypothesis import strategies as st
 
 from kvjax import lightzero
 from kvjax.config import WorldModelConfig
+from kvjax.lightzero.checkpoint.reading import read
 from kvjax.model import checkpoint
 from kvjax.model.checkpoint import Checkpoint
 from kvjax.model.checks import validate_model
+from kvjax.tools import cli
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("lzero")
@@ -232,3 +235,121 @@ def test_configurations(fields, message):
     sizes |= {"context_length": 8, "max_tokens": 20, "image_shape": (3, 64, 64)}
     with pytest.raises(ValueError, match=message):
         WorldModelConfig(**(sizes | fields))
+
+
+def jericho():
+    """Tensors of a text encoder, which are not all floats, and the tokenizer's copy of them."""
+    parts = {
+        "model.embeddings.position_ids": torch.arange(512)[None],
+        "model.encoder.layer.0.attention.self.query.weight": torch.ones(2, 2),
+        "embed_proj_head.weight": torch.ones(64, 2),
+    }
+    copies = {f"tokenizer.encoder.{name}": tensor for name, tensor in parts.items()}
+    return bare("0.2.0") | copies | {ENCODER + name: tensor for name, tensor in parts.items()}
+
+
+@pytest.mark.parametrize("name", ["model.embeddings.position_ids", "embed_proj_head.weight"])
+def test_a_text_encoder_is_refused_in_words_that_tell_what_to_do(name):
+    state = jericho()
+    state = {k: x for k, x in state.items() if not k.startswith(ENCODER) or k.endswith(name)}
+    with pytest.raises(ValueError, match=r"unsupported variant: text encoders \(.*encoder=None"):
+        lightzero.load({k: x for k, x in state.items() if "tokenizer" not in k}, **OPTIONS)
+
+
+def test_a_model_without_its_encoder():
+    imported = read(jericho(), **OPTIONS, encoder=None)
+    config, expected = imported.config, lightzero.load(bare("0.2.0"), **OPTIONS)
+    assert not config.has_encoder
+    assert config.observation_shape == (64,)
+    assert config == expected[0]
+    jax.tree.map(np.testing.assert_array_equal, imported.params, expected[1])
+    assert sum("position_ids" in name for name in imported.ignored) == 2
+    with pytest.raises(ValueError, match='encoder can only be "own" or None, got False'):
+        lightzero.load(jericho(), **OPTIONS, encoder=False)
+
+
+def test_an_encoder_that_kvjax_has_may_be_left_out_too():
+    _, _, state, *_ = loaded("memory")
+    expected = lightzero.load(bare("0.2.0"), **OPTIONS)
+    found = lightzero.load(state, **OPTIONS, encoder=None)
+    assert found[0] == expected[0]
+    jax.tree.map(np.testing.assert_array_equal, found[1], expected[1])
+
+
+def test_convert_leaves_an_encoder_out(tmp_path, capsys):
+    torch.save({"model": jericho()}, tmp_path / "a.pth.tar")
+    paths = [str(tmp_path / name) for name in ("a.pth.tar", "a.safetensors")]
+    options = ["--num-heads", "2", "--context-length", "8"]
+    assert cli.main(["convert", *paths, *options]) == 2
+    assert "text encoders" in capsys.readouterr().err
+    assert cli.main(["convert", *paths, *options, "--no-encoder"]) == 0
+    assert not checkpoint.load(paths[1]).config.has_encoder
+    assert cli.main(["convert", paths[1], str(tmp_path / "b.safetensors"), "--no-encoder"]) == 2
+    assert "is kvjax's: its encoder is read with it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (
+            [
+                "representation_network.0.to_patch_embedding.1.weight",
+                "transformer.blocks.0.experts.0",
+            ],
+            "mixture of experts",
+        ),
+        (
+            [
+                "representation_network.0.downsample_net.conv1.weight",
+                "head_value_multi_task.0.head",
+            ],
+            "multi-task models",
+        ),
+        (["act_embedding_table.0.0.weight", "head_policy_multi_task.0.fc"], "multi-task models"),
+        (["representation_network.0.last_linear.weight"], "a list of encoders"),
+        (
+            ["representation_network.transformer.layers.0.0.to_qkv.lora_A.0"],
+            "LoRA adapters",
+        ),
+    ],
+)
+def test_variants_are_refused_in_the_right_words(names, message):
+    with pytest.raises(ValueError, match=f"unsupported variant: {message}"):
+        lightzero.load({name: torch.ones(2) for name in names}, **OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ("'L2Norm'", "encoders that end in L2Norm"),
+        ("'LayerNorm_Tanh'", "encoders that end in LayerNorm_Tanh"),
+        ("'LayerNormNoAffine'", "encoders that end in LayerNormNoAffine"),
+        ("None", "encoders that end in None"),
+    ],
+)
+def test_norms_that_leave_no_trace_in_the_tensors(said, message, tmp_path):
+    """But in the run's configuration."""
+    torch.save({"model": loaded("layernorm 96")[2]}, tmp_path / "a.pth.tar")
+    world_model = f"dict(num_heads=2, context_length=8, final_norm_option_in_encoder={said})"
+    text = f"exp_config = dict(policy=dict(model=dict(world_model_cfg={world_model})))"
+    (tmp_path / "total_config.py").write_text(text)
+    with pytest.raises(ValueError, match=f"total_config.py: unsupported variant: {message}"):
+        lightzero.load(tmp_path / "a.pth.tar")
+    assert not lightzero.load(tmp_path / "a.pth.tar", encoder=None)[0].has_encoder
+    (tmp_path / "total_config.py").write_text(text.replace(said, "'LayerNorm'"))
+    assert lightzero.load(tmp_path / "a.pth.tar")[0].encoder_norm == "layernorm"
+
+
+@pytest.mark.parametrize("owner", ["encoder", "config"])
+@pytest.mark.parametrize(
+    ("attribute", "value"), [("normalize_pixel", True), ("pool", "mean"), ("dim_head", 32)]
+)
+def test_ways_that_leave_no_trace_in_the_tensors(attribute, value, owner):
+    """But in a live encoder, or in its configuration."""
+    own = types.SimpleNamespace(**{attribute: value})
+    encoder = own if owner == "encoder" else types.SimpleNamespace(config=own)
+    tokenizer = types.SimpleNamespace(encoder=encoder)
+    config = types.SimpleNamespace(num_heads=2, context_length=8)
+    model = types.SimpleNamespace(config=config, tokenizer=tokenizer, state_dict=dict)
+    with pytest.raises(ValueError, match=f"unsupported variant: encoders with {attribute} {value}"):
+        lightzero.load(model)

@@ -23,7 +23,10 @@ Names = dict[str, str]
 """Paths of Flax's modules, and torch's."""
 
 ENCODER = "representation_network."
-LEAVE_OUT = ": encoder=None reads the model without its encoder, and its observations are latents"
+LEAVE_OUT = (
+    ": encoder=None (kvjax convert --no-encoder) reads the model without it, observations are then"
+    " latents"
+)
 
 UNSUPPORTED = {
     rf"{ENCODER}\d+\.": "a list of encoders, as multi-task models have it",
