@@ -127,6 +127,7 @@ OTHERS = {
         "rope": ("no", 1, None),
         "rope_positions": (None, [], 3),
         "rope_theta": NO_NUMBERS,
+        "policy_clip": (3, [], "hard", {}, {"method": "adaptive"}, {"method": "hard", "low": None}),
     },
     "trees": {"discount": NO_NUMBERS, "noise": ("no", 1, None)},
     "episodes": {

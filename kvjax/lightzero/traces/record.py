@@ -8,6 +8,7 @@ Shapes: B environments, E embedding size, L layers, H heads, D head size, N simu
 
 import contextlib
 import copy
+import dataclasses
 import inspect
 import io
 import json
@@ -21,16 +22,16 @@ from kvjax.base.dlpack import to_torch
 from kvjax.base.values import require, require_count
 from kvjax.config import WorldModelConfig
 from kvjax.lightzero.checkpoint import load
-from kvjax.lightzero.traces import trace
+from kvjax.lightzero.traces import clip, trace
 from kvjax.lightzero.traces.recording import CONFIG, Array, Arrays
-from kvjax.lightzero.traces.trace import ASKED, SIZES, Trace
+from kvjax.lightzero.traces.trace import ASKED, POLICY_CLIP, SIZES, Trace
 from kvjax.model.step import FIRST_STEP
 
 _MOST_ROWS = 8
 _DEFAULT_SIMULATIONS = 50  # of LightZero's pools, where the configuration says nothing
 _GO_DEEPER = 0.6  # share of simulations that expand the newest node
 _STEP_OF_A_WALK = 0.5  # in standard deviations of a latent's logits
-_ENCODER = ("tokenizer.", "representation_network.")
+_LEFT_OUT = ("tokenizer.", "representation_network.", "policy_logits_running_")
 
 
 def record_trace(
@@ -47,6 +48,9 @@ def record_trace(
     The given model is left as it is: what is asked is a copy, in evaluation mode, with empty caches
     and with its table of position corrections computed of the weights as they are (release 0.2.0
     does not do that by itself, and then plays with a table of other weights).
+
+    What is recorded begins with latents: the encoder is neither read nor asked nor copied, and may
+    be one that kvjax does not have. Where main clips the logits of policies, the trace says how.
 
     Args:
       world_model: LightZero's `WorldModel` or `UniZeroModel`, of release 0.2.0 or of main.
@@ -66,7 +70,7 @@ def record_trace(
         LightZero then takes for each other (an untrained observation head, all zeros, does).
     """
     model = getattr(world_model, "world_model", world_model)
-    config, _ = load(model)
+    config, _ = load(model, encoder=None, use_policy_logits_clip="ignore")
     path = Path(path)
     require(path.suffix == ".npz", f"a trace's name must end in .npz, got {path}")
     rows = min(model.env_num, _MOST_ROWS) if rows is None else rows
@@ -100,11 +104,11 @@ def _is_main(model: Any) -> bool:
 
 
 def _weights(model: Any) -> Arrays:
-    """What `kvjax.lightzero.load` needs, without the encoder: a trace observes latents."""
+    """What `kvjax.lightzero.load` needs, without the encoder, and without what clips logits."""
     return {
         f"weights/{name}": tensor.detach().float().cpu().numpy()
         for name, tensor in model.state_dict().items()
-        if not any(part in name for part in _ENCODER)
+        if not any(part in name for part in _LEFT_OUT)
     }
 
 
@@ -113,6 +117,8 @@ def _description(model: Any, config: WorldModelConfig) -> dict[str, Any]:
     modes = {"reset": "exact_kv_window_reset", "rebuild": "rebuild_kv_window_from_tokens"}
     described = {name: getattr(config, field) for name, field in (ASKED | SIZES).items()}
     described |= {"blocks": int(model.config.max_blocks), "rope": config.is_rotary}
+    if (policy_clip := clip.of_model(model)) is not None:
+        described[POLICY_CLIP] = dataclasses.asdict(policy_clip)
     described |= {"source": f"lightzero-{'main' if _is_main(model) else '0.2.0'}"}
     return described | {name: True for name, flag in modes.items() if getattr(model, flag, False)}
 
@@ -121,14 +127,15 @@ def _private_copy(model: Any) -> Any:
     """A copy to ask: evaluation mode, empty caches, corrections of the present weights."""
     import torch
 
-    graphs = {  # what training left behind cannot be copied with its graph
+    known = {  # what training left behind cannot be copied with its graph
         id(x): x.detach().clone()
         for module in model.modules()
         for x in vars(module).values()
         if isinstance(x, torch.Tensor) and not x.is_leaf
     }
+    known[id(model.tokenizer)] = torch.nn.Identity()  # the encoder may be huge, and is not asked
     with contextlib.redirect_stdout(io.StringIO()):  # LightZero prints
-        twin = copy.deepcopy(model, graphs).eval()
+        twin = copy.deepcopy(model, known).eval()
         twin.clear_caches()
         if not twin.config.rotary_emb:
             twin.precompute_pos_emb_diff_kv()

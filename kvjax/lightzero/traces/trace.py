@@ -14,6 +14,7 @@ from kvjax.base.values import is_number, require
 from kvjax.config import WorldModelConfig
 from kvjax.lightzero.checkpoint import load
 from kvjax.lightzero.traces import npz, recording
+from kvjax.lightzero.traces.clip import PolicyClip
 from kvjax.lightzero.traces.recording import Array, Arrays, Description
 from kvjax.model.step import FIRST_STEP
 from kvjax.model.world_model import Params
@@ -26,6 +27,8 @@ ASKED = {
     "rope_theta": "rope_theta",
 }
 """What a trace says of its model beside the weights, and fields of `WorldModelConfig`."""
+
+POLICY_CLIP = "policy_clip"
 
 SIZES = {
     "layers": "num_layers",
@@ -52,6 +55,7 @@ class Trace:
     num_simulations: int  # N
     pads_are_read: bool  # release 0.2.0 attends to its zero padding
     arrays: Arrays
+    policy_clip: PolicyClip | None = None  # what was done to the recorded logits of policies
 
     def step(self, index: int) -> Arrays:
         """Arrays of one environment step by their names in the file."""
@@ -84,6 +88,7 @@ def read(path: str | Path) -> Trace:
             num_simulations=described["sims"],
             pads_are_read="0.2.0" in described["source"],
             arrays=arrays,
+            policy_clip=_policy_clip(described),
         )
         _check_sizes(described, trace)
         for index in range(trace.num_steps):
@@ -99,6 +104,14 @@ def _check_description(described: Description) -> None:
     described.check("source", isinstance(described["source"], str), "text")
     theta = described.fields.get("rope_theta", 1.0)
     described.check("rope_theta", is_number(theta), "a finite number")
+
+
+def _policy_clip(described: Description) -> PolicyClip | None:
+    said = described.fields.get(POLICY_CLIP)
+    try:
+        return None if said is None else PolicyClip(**said)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"config says {POLICY_CLIP} {said!r:.200}: {error}") from error
 
 
 def _weights(arrays: Arrays) -> Arrays:

@@ -38,6 +38,7 @@ OUTPUTS = (
     "sim_policy_logits",
     "sim_value_logits",
 )
+_POLICIES = ("policy_logits", "sim_policy_logits")
 _LENGTH = "length"
 
 TOLERANCE = 1e-4
@@ -90,9 +91,12 @@ def verify_world_model(
       `steps` and `simulations`.
     """
     trace = traces.read(path)
+    clip = trace.policy_clip
     errors = dict.fromkeys(OUTPUTS, 0.0)
     mismatches = 0
     for name, ours, theirs in _replay(trace, route):
+        if clip is not None and name in _POLICIES:
+            ours = clip(ours)
         if name == _LENGTH:
             mismatches += int(np.sum(ours != theirs))
         else:
