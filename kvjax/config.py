@@ -180,6 +180,9 @@ class WorldModelConfig:
     MemoryEnv ("memory"), or its vision transformer ("vit"), of `image_blocks` blocks whose tokens
     are `image_channels` wide.
 
+    A latent of a model with `task_size` ends in that many numbers that the encoder does not make:
+    the embedding of the task that was taken out of a multi-task model.
+
     `window_mode` says what positions are and what happens when a window has reached C - 1 tokens:
 
     * "learned": absolute positions from a table. The oldest block is dropped, and what is kept is
@@ -192,9 +195,10 @@ class WorldModelConfig:
 
     Raises:
       ValueError: a size is not positive, heads do not divide the width, the SimNorm groups do not
-        divide the width, the support is empty, the observation is both vector and image or an image
-        of an unknown side, the window is invalid (see `WindowConfig`); a rotary model with a
-        position table, an odd head size, or a table-bound model without one.
+        divide the width or the encoder's, a task leaves no width to the encoder, the support is
+        empty, the observation is both vector and image or an image of an unknown side, the window
+        is invalid (see `WindowConfig`); a rotary model with a position table, an odd head size, or
+        a table-bound model without one.
     """
 
     embed_dim: int  # E
@@ -219,11 +223,13 @@ class WorldModelConfig:
     image_heads: int = 12  # of a vision transformer's attention
     image_hidden: int = 3072  # width of a vision transformer's feed-forward layers
     encoder_hidden_norm: HiddenNorm = "batchnorm"
+    head_expansion: int = 4  # hidden width of main's heads, in units of E
+    task_size: int = 0
 
     def __post_init__(self) -> None:
         make_plain(self)
         sizes = ("embed_dim", "num_layers", "num_heads", "num_actions")
-        require_positive(self, *sizes, "simnorm_group", "image_channels")
+        require_positive(self, *sizes, "simnorm_group", "image_channels", "head_expansion")
         require_positive(self, "image_heads", "image_hidden")
         require(
             self.embed_dim % self.num_heads == 0,
@@ -253,7 +259,19 @@ class WorldModelConfig:
             or self.embed_dim % self.simnorm_group == 0,
             f"simnorm_group must divide embed_dim {self.embed_dim}, got {self.simnorm_group}",
         )
+        self._check_task()
         self._validate_positions()
+
+    def _check_task(self) -> None:
+        size, width, group = self.task_size, self.embed_dim, self.simnorm_group
+        require(
+            is_integer(size) and 0 <= size < width,
+            f"task_size must be >= 0 and less than embed_dim {width}, got {size!r}",
+        )
+        require(
+            self.encoder_norm != "simnorm" or (width - size) % group == 0,
+            f"simnorm_group must divide the encoder's width {width - size}, got {group}",
+        )
 
     def _validate_positions(self) -> None:
         require_above_zero(self, "rope_theta")

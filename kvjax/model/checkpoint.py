@@ -36,7 +36,10 @@ _DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float
 """Safetensors' names of what weights may be, and numpy's."""
 
 _HEADER_SIZE = struct.Struct("<Q")
-_SIZES = ("embed_dim", "num_actions", "observation_size", "max_tokens", "support_size")
+_SIZES = (
+    *("embed_dim", "num_actions", "observation_size", "max_tokens", "support_size"),
+    *("head_expansion", "task_size"),
+)
 _COUNTS = ("num_layers", "image_blocks")
 _IMAGE_SIZES = {
     "resnet": ("image_channels",),

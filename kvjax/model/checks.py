@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax.base.values import describe, require_type
-from kvjax.config import VIT_HEAD, VIT_PATCH, WorldModelConfig
+from kvjax.config import VIT_HEAD, VIT_PATCH, Norm, WorldModelConfig
 from kvjax.model.world_model import Params
 from kvjax.ops.window import Window
 
@@ -59,8 +59,8 @@ def _shape_at(params: Any, path: tuple[str, ...]) -> tuple[int, ...] | None:
 def _landmarks(config: WorldModelConfig) -> list[tuple[tuple[str, ...], tuple[int, ...] | None]]:
     """Names of tensors, and the shapes that they have; None for one that there is not."""
     width, layers, rows = config.embed_dim, config.num_layers, config.max_tokens
-    norms = {"layernorm": (width,), "simnorm": None}
-    hidden = 4 * width if config.layout == "main" else width
+    hidden = config.head_expansion * width if config.layout == "main" else width
+    task, encoded = config.task_size, width - config.task_size
     known: dict[str, Any] = {
         "action_embedding/embedding": (config.num_actions, width),
         "position_embedding/embedding": None if rows is None else (rows, width),
@@ -68,19 +68,21 @@ def _landmarks(config: WorldModelConfig) -> list[tuple[tuple[str, ...], tuple[in
         f"blocks_{layers}/key/bias": None,
         "value_head/hidden/bias": (hidden,),
         "value_head/output/bias": (config.support_size,),
-        "latent_final/norm/bias": norms[config.latent_norm],
+        "latent_final/norm/bias": _bias(config.latent_norm, width),
     }
     if config.has_encoder:
-        known |= _encoder_landmarks(config, norms[config.encoder_norm])
+        known["task_embedding/embedding"] = (1, task) if task else None
+        known |= _encoder_landmarks(config, encoded)
     return [(("params", *name.split("/")), shape) for name, shape in known.items()]
 
 
-def _encoder_landmarks(config: WorldModelConfig, norm: Any) -> dict[str, Any]:
-    known: dict[str, Any] = {"encoder/final/norm/bias": norm}
+def _encoder_landmarks(config: WorldModelConfig, width: int) -> dict[str, Any]:
+    """Those of an encoder of latents of so many numbers."""
+    known: dict[str, Any] = {"encoder/final/norm/bias": _bias(config.encoder_norm, width)}
     if config.image_shape is None:
         is_layer_norm = config.encoder_hidden_norm == "layernorm"
-        known["encoder/input/kernel"] = (config.observation_size, config.embed_dim)
-        known["encoder/layer_norm/bias"] = (config.embed_dim,) if is_layer_norm else None
+        known["encoder/input/kernel"] = (config.observation_size, width)
+        known["encoder/layer_norm/bias"] = (width,) if is_layer_norm else None
         return known
     planes, side, _ = config.image_shape
     channels, blocks = config.image_channels, config.image_blocks
@@ -101,6 +103,10 @@ def _encoder_landmarks(config: WorldModelConfig, norm: Any) -> dict[str, Any]:
                 heads = config.image_heads
                 known["encoder/blocks_0/qkv/kernel"] = (channels, 3 * heads * VIT_HEAD)
     return known
+
+
+def _bias(norm: Norm, width: int) -> tuple[int] | None:
+    return (width,) if norm == "layernorm" else None
 
 
 def validate_key(rng: Any) -> None:

@@ -8,6 +8,7 @@ It makes and names the variables, which training changes. What searches and step
 Shapes: E embedding size, L layers, H heads, D head size, A actions, S support bins.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -28,11 +29,11 @@ Params = Any
 
 
 _EXPANSION = 4
-"""Hidden width of the feed-forward layers and of main's heads, in units of E."""
+"""Hidden width of the feed-forward layers, in units of E."""
 
 
 class _Head(nn.Module):
-    """Prediction head of release 0.2.0 (E hidden units) or of main (normalised, 4E)."""
+    """Prediction head of release 0.2.0 (E hidden units) or of main (normalised, wider)."""
 
     config: WorldModelConfig
     size: int
@@ -40,7 +41,7 @@ class _Head(nn.Module):
     def setup(self) -> None:
         if self.config.layout == "main":
             self.input_norm = layer_norm()
-            self.hidden = nn.Dense(_EXPANSION * self.config.embed_dim)
+            self.hidden = nn.Dense(self.config.head_expansion * self.config.embed_dim)
             self.hidden_norm = layer_norm()
         else:
             self.hidden = nn.Dense(self.config.embed_dim)
@@ -109,7 +110,9 @@ class WorldModel(nn.Module):
     def setup(self) -> None:  # noqa: D102
         config = self.config
         if config.has_encoder:
-            self.encoder = encoders.make(config)
+            self.encoder = encoders.make(_of_encoder(config))
+        if config.task_size:
+            self.task_embedding = nn.Embed(1, config.task_size)
         if config.max_tokens is not None:
             self.position_embedding = nn.Embed(config.max_tokens, config.embed_dim)
         self.action_embedding = nn.Embed(config.num_actions, config.embed_dim)
@@ -131,6 +134,8 @@ class WorldModel(nn.Module):
         if not self.config.has_encoder:
             return observation
         latent: jax.Array = self.encoder(observation)
+        if self.config.task_size:
+            latent = jnp.concatenate([latent, self.task_embedding.embedding[0]])
         return latent
 
     def embed_action(self, action: jax.Array) -> jax.Array:
@@ -214,6 +219,14 @@ class WorldModel(nn.Module):
         """Touches every parameter once: what `init` needs."""
         hidden, _ = self.token_step(self.encode(observation), window, None)
         return self.embed_action(action), self.at_action(hidden), self.at_observation(hidden)
+
+
+def _of_encoder(config: WorldModelConfig) -> WorldModelConfig:
+    """The configuration with the width that is left to the encoder."""
+    if not config.task_size:
+        return config
+    width = config.embed_dim - config.task_size
+    return dataclasses.replace(config, embed_dim=width, num_heads=1, task_size=0)
 
 
 def init_params(rng: jax.Array, config: WorldModelConfig) -> Params:

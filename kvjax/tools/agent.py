@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from kvjax.base.values import require
+from kvjax.lightzero.checkpoint import tasks
 from kvjax.lightzero.checkpoint.described import CLIP
 from kvjax.lightzero.checkpoint.reading import SAID, check_names, read
 from kvjax.model import checkpoint
@@ -55,6 +56,8 @@ def find_agent(
 
 def _find_own(path: Path, said: dict[str, Any], env: str | None) -> Found:
     said.pop(CLIP, None)  # told by the file's notes, if it was meant
+    for name in (tasks.TASK, tasks.OPTION):
+        require(name not in said, f"{path} holds one task: {name} is for LightZero's files")
     check_names(said)
     agent = checkpoint.load(path, env=env)
     stored = dataclasses.asdict(agent.config)

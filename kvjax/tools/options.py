@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from kvjax.config import WINDOW_MODES, EnvironmentConfig
-from kvjax.lightzero.checkpoint import described
+from kvjax.lightzero.checkpoint import described, tasks
 from kvjax.lightzero.checkpoint.reading import SAID
 from kvjax.model.checkpoint import Checkpoint
 from kvjax.tools.agent import Found, find_agent
@@ -55,6 +55,8 @@ _OPTIONS: dict[str, dict[str, Any]] = {
         "choices": ("ignore",),
         "help": "read a model that clips the policy's logits, which kvjax does not do",
     },
+    tasks.TASK: {"type": int, "metavar": "N", "help": "which task of a multi-task model"},
+    tasks.OPTION: {"choices": tasks.USES, "help": "what the embeddings of tasks are for"},
     "env": {"help": "Gymnasium environment"},
     _SCALE: {
         "type": _parts(float, "numbers, as in 1,0,2.5"),
@@ -62,6 +64,8 @@ _OPTIONS: dict[str, dict[str, Any]] = {
         "help": "factors of the observation",
     },
 }
+
+_FLAGS = {tasks.TASK: "task"}
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -73,7 +77,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         " agree with what is said",
     )
     for name, options in _OPTIONS.items():
-        group.add_argument(f"--{name.replace('_', '-')}", **options)
+        flag = _FLAGS.get(name, name).replace("_", "-")
+        group.add_argument(f"--{flag}", dest=name, **options)
 
 
 def agent_of(args: argparse.Namespace) -> Found:

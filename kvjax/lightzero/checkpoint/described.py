@@ -65,6 +65,8 @@ class Described:
     fields: dict[str, Any] = dataclasses.field(default_factory=dict)
     origin: str = ""  # of the configuration, for messages
     clips_logits: bool | None = None  # whether the policy's logits are; None: it does not say
+    tasks: int | None = None  # how many
+    embedding_use: str | None = None  # `task_embed_option`, "none" where embeddings are not used
 
 
 def by_file(checkpoint: Path, *, reads_encoder: bool = True) -> Described:
@@ -87,7 +89,7 @@ def by_file(checkpoint: Path, *, reads_encoder: bool = True) -> Described:
                 fields = _fields(said) | _model_fields(_literals(model))
                 if reads_encoder:
                     _refuse_final_norm(said)
-            return Described(fields, str(path), bool(getattr(said, CLIP, False)))
+            return _described(fields, str(path), said)
     return Described()
 
 
@@ -101,9 +103,25 @@ def by_module(source: Any, *, reads_encoder: bool = True) -> Described:
     config = getattr(world_model, "config", None)
     if config is None:
         raise ValueError(f"{type(source).__name__} has no config: expected a LightZero WorldModel")
-    encoder = getattr(getattr(source, "tokenizer", None), "encoder", None)
+    encoder: Any = getattr(getattr(source, "tokenizer", None), "encoder", None)
+    if type(encoder).__name__ == "ModuleList":  # of tasks, all of one kind
+        encoder = next(iter(encoder), None)
     fields = _fields(config) | (_encoder_fields(encoder) if reads_encoder else {})
-    return Described(fields, "the model", bool(getattr(config, CLIP, False)))
+    return _described(fields, "the model", config)
+
+
+def _described(fields: dict[str, Any], origin: str, said: Any) -> Described:
+    """With what is no field of `WorldModelConfig`."""
+    tasks, use = getattr(said, "task_num", None), getattr(said, "task_embed_option", None)
+    if use == "add_task_embed" and not getattr(said, "use_task_embed", True):
+        use = "none"  # zeros are added
+    return Described(
+        fields,
+        origin,
+        clips_logits=bool(getattr(said, CLIP, False)),
+        tasks=tasks if _is_count(tasks) else None,
+        embedding_use=use if isinstance(use, str) else None,
+    )
 
 
 def _fields(config: Any) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 from kvjax.base.values import listed, require
 from kvjax.config import POOLED_SIDES, WorldModelConfig
 from kvjax.lightzero import module
-from kvjax.lightzero.checkpoint import described, encoding, tensors, torch_file, variables
+from kvjax.lightzero.checkpoint import described, encoding, tasks, tensors, torch_file, variables
 from kvjax.lightzero.checkpoint.described import CLIP, Described
 from kvjax.lightzero.checkpoint.tensors import Sorted
 from kvjax.model.world_model import Params
@@ -28,6 +28,9 @@ ENCODER = "encoder"
 
 _ASKED = ("num_heads", "context_length")
 """What LightZero's tensors do not tell."""
+
+OWN_OPTIONS = (ENCODER, CLIP, tasks.TASK, tasks.OPTION)
+"""Options of `load` that are no fields of `WorldModelConfig`."""
 
 _log = logging.getLogger(__name__)
 
@@ -57,6 +60,8 @@ def load(source: Any, **options: Any) -> tuple[WorldModelConfig, Params]:
         inference, which kvjax does not do: priors, and so searches, differ where logits are large.
         `encoder=None` leaves the encoder's tensors out, as of a text encoder, which kvjax does not
         have: observations are then latents [E].
+        `task_id` is the task that is taken out of a multi-task model, `task_embed_option` what its
+        embedding is for where no configuration says it: see `kvjax.lightzero.checkpoint.tasks`.
 
     Returns:
       The configuration and the Flax variables. The log names where the configuration is from and
@@ -68,8 +73,9 @@ def load(source: Any, **options: Any) -> tuple[WorldModelConfig, Params]:
       ImportError: a torch file without torch installed.
       ValueError: an unreadable or damaged file, an unsupported variant, a missing, unused,
         misshapen or non-finite tensor or one that is no floating-point number, an option that is
-        missing, or an option or a configuration that contradicts the tensors: a table or a mask of
-        positions shorter than a window of C - 1 tokens, another width, other heads.
+        missing, a task that the model does not have, or an option or a configuration that
+        contradicts the tensors: a table or a mask of positions shorter than a window of C - 1
+        tokens, another width, other heads.
     """
     imported = read(source, **options)
     _log.info("ignored by inference: %s", ", ".join(imported.ignored) or "nothing")
@@ -83,16 +89,20 @@ def read(source: Any, **options: Any) -> Imported:
     said = {name: value for name, value in options.items() if value is not None}
     clip = said.pop(CLIP, None)
     require(clip in (None, "ignore"), f'{CLIP} can only be "ignore", got {clip!r}')
+    task, use = (said.pop(name, None) for name in (tasks.TASK, tasks.OPTION))
     reads_encoder = _reads_encoder(options)
     said.pop(ENCODER, None)
     check_names(said)
     told, state = _open(source, reads_encoder)
-    found = tensors.sort(state, reads_encoder=reads_encoder)
+    one = tasks.select(state, task, told.tasks)
+    sorted_out = tensors.sort(one.state, reads_encoder=reads_encoder)
+    found = tasks.set_embedding_apart(sorted_out, one.task)
     tensors.refuse_variants(found)
     notes = _clip_notes(found, told, clip)
     config, origins = _configure(found, said, told)
-    params = variables.from_tensors(found.weights, config)
-    return Imported(config, params, found.ignored, origins, notes)
+    weights = tasks.fold(found, config, use, told.embedding_use)
+    params = variables.from_tensors(weights, config)
+    return Imported(config, params, one.ignored + found.ignored, origins, notes)
 
 
 def _reads_encoder(options: Mapping[str, Any]) -> bool:
@@ -140,7 +150,7 @@ def check_names(options: Mapping[str, Any]) -> None:
     known = sorted(field.name for field in dataclasses.fields(WorldModelConfig))
     if unknown := options.keys() - set(known):
         raise ValueError(
-            f"unknown options {listed(unknown)}; known are {', '.join([*known, ENCODER, CLIP])}"
+            f"unknown options {listed(unknown)}; known are {', '.join([*known, *OWN_OPTIONS])}"
         )
 
 

@@ -68,6 +68,7 @@ class Sorted:
     weights: Tensors
     ignored: tuple[str, ...]  # names as the source has them
     telling: dict[str, Any]  # ignored tensors that tell of the configuration, uncopied
+    embedding: np.ndarray[Any, Any] | None = None  # of the task that a model is taken for
 
 
 def sort(state: Any, *, reads_encoder: bool = True) -> Sorted:
@@ -155,14 +156,6 @@ def _require_dense_floats(name: str, tensor: Any) -> None:
 def refuse_variants(found: Sorted) -> None:
     """Raises `ValueError` that names the variant which shapes tell, and a tensor of it."""
     weights = found.weights
-    for head in HEADS:
-        name = f"{head}.head_module.1.weight"
-        hidden, width = (weights[name].shape if name in weights else (0, 1))[:2]
-        require(
-            hidden != width,
-            f"unsupported variant: multi-task heads ({name} has {hidden} rows of {width} numbers;"
-            " main's models of one task have four times as many rows)",
-        )
     has_rotations = any(name.endswith(_ROTATIONS) for name in found.telling)
     is_early = layout(weights) == "0.2.0" and not has_rotations  # else it saves them
     if is_early and _FINAL_NORM in weights:
@@ -198,7 +191,28 @@ def inferred_fields(found: Sorted) -> dict[str, Any]:
         "layout": layout(weights),
         "latent_norm": _norm(f"{LATENT_NORM}.weight" in weights),
     }
+    fields |= _head_fields(weights) | _task_fields(found, embed_dim)
     return fields | _rotated_heads(found, embed_dim) | encoding.fields(weights)
+
+
+def _head_fields(weights: Tensors) -> dict[str, int]:
+    """How much wider than the model main's heads are: 4, in multi-task models 1."""
+    if layout(weights) != "main":
+        return {}
+    name = f"{HEADS[0]}.head_module.1.weight"
+    hidden, width = _shape(weights, name, 2)
+    require(
+        width > 0 and hidden > 0 and hidden % width == 0,
+        f"{name} has shape {hidden, width}, expected a multiple of {width} rows",
+    )
+    return {"head_expansion": hidden // width}
+
+
+def _task_fields(found: Sorted, embed_dim: int) -> dict[str, int]:
+    """What a task's embedding leaves of the width to tokens of actions."""
+    if found.embedding is None:
+        return {}
+    return {"task_size": embed_dim - _shape(found.weights, "act_embedding_table.weight", 2)[1]}
 
 
 def _norm(has_weight: bool) -> str:

@@ -31,6 +31,7 @@ _TOP = {
     "action_embedding": "act_embedding_table",
     "final_norm": "transformer.ln_f",
     "latent_final/norm": LATENT_NORM,
+    "task_embedding": "task_emb",
 }
 _BLOCK = {
     "attention_norm": "ln1",

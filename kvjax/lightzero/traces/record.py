@@ -22,7 +22,7 @@ from kvjax.base.dlpack import to_torch
 from kvjax.base.values import require, require_count
 from kvjax.config import WorldModelConfig
 from kvjax.lightzero.checkpoint import load
-from kvjax.lightzero.traces import clip, trace
+from kvjax.lightzero.traces import clip, one_task, trace
 from kvjax.lightzero.traces.recording import CONFIG, Array, Arrays
 from kvjax.lightzero.traces.trace import ASKED, POLICY_CLIP, SIZES, Trace
 from kvjax.model.step import FIRST_STEP
@@ -31,7 +31,7 @@ _MOST_ROWS = 8
 _DEFAULT_SIMULATIONS = 50  # of LightZero's pools, where the configuration says nothing
 _GO_DEEPER = 0.6  # share of simulations that expand the newest node
 _STEP_OF_A_WALK = 0.5  # in standard deviations of a latent's logits
-_LEFT_OUT = ("tokenizer.", "representation_network.", "policy_logits_running_")
+_LEFT_OUT = ("tokenizer.", "representation_network.", "policy_logits_running_", "head_dict.")
 
 
 def record_trace(
@@ -42,6 +42,7 @@ def record_trace(
     simulations: int = 10,
     rows: int | None = None,
     seed: int = 0,
+    task_id: int | None = None,
 ) -> Trace:
     """Asks a torch world model and writes questions, answers and weights as a trace.
 
@@ -53,12 +54,15 @@ def record_trace(
     be one that kvjax does not have. Where main clips the logits of policies, the trace says how.
 
     Args:
-      world_model: LightZero's `WorldModel` or `UniZeroModel`, of release 0.2.0 or of main.
+      world_model: LightZero's `WorldModel` or `UniZeroModel`, of release 0.2.0 or of main; or the
+        multi-task ones of main.
       path: the file, `.npz`.
-      steps: environment steps; episodes restart half way, with 0.2.0 in all rows at once.
+      steps: environment steps; episodes restart half way, with 0.2.0 and in multi-task models in
+        all rows at once.
       simulations: N, of each step.
       rows: B, at most the model's `env_num`; up to 8 of these by default.
       seed: of the walks.
+      task_id: which task of a multi-task model to ask.
 
     Returns:
       The trace as `kvjax verify` reads it.
@@ -70,15 +74,17 @@ def record_trace(
         LightZero then takes for each other (an untrained observation head, all zeros, does).
     """
     model = getattr(world_model, "world_model", world_model)
-    config, _ = load(model, encoder=None, use_policy_logits_clip="ignore")
+    config, _ = load(model, task_id=task_id, encoder=None, use_policy_logits_clip="ignore")
     path = Path(path)
     require(path.suffix == ".npz", f"a trace's name must end in .npz, got {path}")
     rows = min(model.env_num, _MOST_ROWS) if rows is None else rows
     sizes = _checked_sizes(model, envs=rows, steps=steps, sims=simulations)
     files.require_writable(path)
-    arrays = _Session(model, config, np.random.default_rng(seed), **sizes).run()
+    twin = one_task.of(_private_copy(model), task_id)
+    arrays = _Session(twin, config, np.random.default_rng(seed), **sizes).run()
     arrays |= _weights(model)
-    arrays[CONFIG] = np.array(json.dumps(_description(model, config) | sizes))
+    described = _description(model, config) | one_task.described(model, task_id) | sizes
+    arrays[CONFIG] = np.array(json.dumps(described))
     with files.replacing(path) as file:
         np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
     return trace.read(path)
@@ -104,7 +110,7 @@ def _is_main(model: Any) -> bool:
 
 
 def _weights(model: Any) -> Arrays:
-    """What `kvjax.lightzero.load` needs, without the encoder, and without what clips logits."""
+    """What `kvjax.lightzero.load` reads, without the encoder, and without what clips logits."""
     return {
         f"weights/{name}": tensor.detach().float().cpu().numpy()
         for name, tensor in model.state_dict().items()
@@ -156,10 +162,10 @@ class _Session:
         steps: int,
         sims: int,
     ) -> None:
-        self._model, self._config, self._rng = _private_copy(model), config, rng
+        self._model, self._config, self._rng = model, config, rng
         self._envs, self._steps, self._sims = envs, steps, sims
-        self._mixes_restarts = _is_main(model)
-        self._logits = rng.standard_normal((envs, config.embed_dim))
+        self._mixes_restarts = _is_main(model) and not one_task.has_tasks(model)
+        self._logits = rng.standard_normal((envs, config.embed_dim - config.task_size))
         self._latent = self._walk()
         self._timestep = np.zeros(envs, np.int64)
         self._windows: dict[int, Array] = {}  # [2, L, H, length, D] by environment
@@ -172,7 +178,7 @@ class _Session:
         with torch.no_grad():
             for step in range(self._steps):
                 recorded = self._root(step)
-                recorded |= self._simulate(recorded["latent"])
+                recorded |= self._simulate(_rows_of(self._model.latent_state))
                 arrays |= {f"step{step}/{name}": array for name, array in recorded.items()}
         return arrays
 
@@ -215,17 +221,23 @@ class _Session:
         out = self._model.wm_forward_for_initial_infererence(
             self._tokens(before), action.tolist(), self._tokens(self._latent), self._timestep
         )
-        self._model.latent_state = self._tokens(self._latent)  # its next step deletes that
+        if not one_task.has_tasks(self._model):
+            self._model.latent_state = self._tokens(self._latent)  # its next step deletes that
         self._forget_nodes()
         recorded = {
-            "prev_latent": before,
+            "prev_latent": self._whole(before),
             "action": action,
-            "latent": self._latent,
+            "latent": self._whole(self._latent),
             "timestep": self._timestep,
             "policy_logits": _rows_of(out.logits_policy),
             "value_logits": _rows_of(out.logits_value),
         }
         return recorded | self._stored_windows()
+
+    def _whole(self, latent: Array) -> Array:
+        """With the task's embedding, where that ends latents."""
+        rest = _rows_of(self._model.latent_state)[:, latent.shape[1] :]
+        return np.concatenate([latent, rest], axis=1)
 
     def _stored_windows(self) -> Arrays:
         if len(self._windows) < self._envs:

@@ -29,6 +29,8 @@ ASKED = {
 """What a trace says of its model beside the weights, and fields of `WorldModelConfig`."""
 
 POLICY_CLIP = "policy_clip"
+OF_TASK = ("task_id", "task_embed_option")
+"""What a trace of one task of a multi-task model says, by the names of options of `load`."""
 
 SIZES = {
     "layers": "num_layers",
@@ -77,7 +79,8 @@ def read(path: str | Path) -> Trace:
     with recording.opened(path, "a world model") as arrays:
         described = recording.describe(arrays)
         _check_description(described)
-        asked = {f: described[name] for name, f in ASKED.items() if name in described.fields}
+        names = ASKED | {name: name for name in OF_TASK}
+        asked = {f: described[name] for name, f in names.items() if name in described.fields}
         weights = _weights(arrays)
         config, params = load(weights, window_mode=described.window_mode(), **asked)
         trace = Trace(
