@@ -328,8 +328,10 @@ def test_floats_of_any_width_are_weights(data, dtype):
             "unsupported variant: text encoders",
         ),
         ({"representation_network.embed_proj_head.bias": torch.ones(2)}, "text encoders"),
-        ({"head_policy_multi_task.0.head_module.0.weight": torch.ones(2)}, "multi-task models"),
-        ({"head_value.head_module.1.weight": torch.ones(64, 64)}, "multi-task heads"),
+        (
+            {f"head_policy_multi_task.{i}.head_module.0.weight": torch.ones(2) for i in range(90)},
+            "the model has 90 tasks: pass task_id=, 0 .. 89$",
+        ),
         ({"head_value.head_module.1.experts.0.weight": torch.ones(2)}, "mixture of experts"),
         ({f"surprise{i}": torch.ones(2) for i in range(90)}, "missing tensor transformer.ln_f"),
     ],

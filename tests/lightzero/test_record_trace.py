@@ -212,3 +212,56 @@ def test_bad_input(tmp_path, make, options, message):
 def test_a_name_without_suffix(tmp_path):
     with pytest.raises(ValueError, match="must end in .npz, got .*trace.txt"):
         lightzero.record_trace(build(), tmp_path / "trace.txt")
+
+
+def with_tasks(model, count):
+    """A model of one task with the interface of main's `WorldModelMT`; only task 1 is its own."""
+    real = type(model)
+
+    class WithTasks(real):
+        def state_dict(self, *args, **kwargs):
+            named = {}
+            for name, tensor in super().state_dict(*args, **kwargs).items():
+                head, _, rest = name.partition(".head_module.")
+                copies = [f"{head}_multi_task.{task}.head_module.{rest}" for task in range(count)]
+                own = copies[1] if rest else name
+                named |= dict.fromkeys(copies if rest else (), torch.zeros_like(tensor))
+                named[own] = tensor
+            return named
+
+        def retrieve_or_generate_kvcache(self, latent, rows, index=0, depth=None, task_id=0):
+            return super().retrieve_or_generate_kvcache(latent, rows, index, depth)
+
+        def reset_for_initial_inference(self, asked, task_id=0):
+            assert task_id == 1
+            parts = [
+                self.tokenizer.encode_to_obs_embeddings(asked[x]) for x in ("obs", "current_obs")
+            ]
+            timestep = np.zeros(len(parts[0]), int)
+            root = real.wm_forward_for_initial_infererence
+            out = root(self, parts[0], asked["action"], parts[1], timestep)
+            self.latent_state = parts[1]
+            return out, self.latent_state
+
+        def forward_recurrent_inference(self, history, index, depth=None, task_id=0):
+            assert task_id == 1
+            return super().forward_recurrent_inference(history, index, [1] * len(history[0][0]))
+
+    model.__class__ = WithTasks
+    return model
+
+
+def test_a_task_is_asked_alone(tmp_path):
+    """A stand-in for main's multi-task model, of which `test_tasks` has real traces."""
+    model = with_tasks(build().world_model, count=3)
+    path = tmp_path / "task.npz"
+    with pytest.raises(ValueError, match="the model has 3 tasks: pass task_id"):
+        lightzero.record_trace(model, path, steps=4, simulations=8)
+    trace = lightzero.record_trace(model, path, steps=4, simulations=8, task_id=1)
+    report = verify(path)
+    assert report.ok, report
+    assert [bool((step["action"] == -1).all()) for step in trace.steps()] == [
+        True,
+        *[False] * 3,
+    ] * 2
+    assert "head_policy_multi_task.2.head_module.0.weight" in model.state_dict()
