@@ -232,6 +232,11 @@ def without(name, *gone):
         ),
         (weights("add"), {"task_id": 0, "task_embed_option": "sum"}, "must be one of add_task_"),
         (
+            weights("add"),
+            {"task_id": 0, "window_mode": "reset"} | ADD,
+            'add_task_embed excludes window_mode "reset"',
+        ),
+        (
             weights("concat"),
             {"task_id": 0} | ADD,
             "add_task_embed, but tokens of actions are 4 narrower than others",

@@ -6,7 +6,8 @@ there and not read. `task_embed_option` says what a task's embedding is for:
 
 * "add_task_embed": it is added to every observation's token, also to that of a predicted latent.
   Observations stand in a window's even slots and nothing else does, so it is folded into the even
-  rows of the position table. Latents stay without it; LightZero's root latents are with it.
+  rows of the position table. Latents stay without it; LightZero's root latents are with it. Not in
+  window mode "reset": LightZero then keeps an imagined latent without its embedding.
 * "concat_task_embed": it ends the encoder's latents and the actions' tokens, which are narrower by
   that. The table's rows are completed here; the encoder's latents by the model (`task_size`).
   Predicted latents have the full width by themselves.
@@ -156,6 +157,11 @@ def fold(found: Sorted, config: WorldModelConfig, said: str | None, told: str | 
         return weights
     vector = _vector(found.embedding, config.task_size or config.embed_dim, config.simnorm_group)
     if use == ADD:
+        require(
+            config.window_mode != "reset",
+            f'{ADD} excludes window_mode "reset": LightZero forgets the embedding of an imagined'
+            " latent there",
+        )
         table = weights.get(_POSITIONS, np.zeros(0))
         check_parameter(_POSITIONS, table, (config.max_tokens or 0, config.embed_dim))
         weights[_POSITIONS] = table.copy()
