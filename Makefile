@@ -34,7 +34,7 @@ $(VENV)/.installed-play: pyproject.toml constraints.txt | $(VENV)/bin/python
 $(VENV)/.installed-test: $(VENV)/.installed-play
 	@echo "installing what the tests need into $(VENV) (torch and LightZero among it, once)"
 	$(PIP) torch==2.13.0
-	$(PIP) -e '.[gif,test,torch,lightzero]'
+	$(PIP) -e '.[gif,atari,box2d,test,torch,lightzero]'
 	$(PIP) --no-deps lightzero DI-engine DI-treetensor DI-toolkit
 	@touch $@
 

@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 from conftest import SMALL, with_mode
 
-from kvjax.config import EnvironmentConfig, SearchConfig, WindowConfig, WorldModelConfig
+from kvjax.config import (
+    EnvironmentConfig,
+    FramesConfig,
+    SearchConfig,
+    WindowConfig,
+    WorldModelConfig,
+)
 
 IMAGES = dataclasses.replace(SMALL, observation_size=None, image_shape=(3, 64, 64))
 CONFIGURATIONS = (
@@ -16,6 +22,7 @@ CONFIGURATIONS = (
     IMAGES,
     SearchConfig(max_depth=5, kept_nodes=3, temperature=0.5, noise_fraction=0.25),
     EnvironmentConfig("CartPole-v0", (1.0, 0.0, 10.0, 0.0)),
+    FramesConfig(gray_scale=True, frame_stack=4, repeat_action_probability=0.25),
 )
 FIELDS = [
     pytest.param(config, field.name, id=f"{type(config).__name__}-{index}-{field.name}")
@@ -65,6 +72,7 @@ OPTIONAL = (
     "observation_size",
     "image_shape",
     "q_transform",
+    "frames",
 )
 ABOVE_ZERO = ("temperature", "dirichlet_alpha", "pb_c_base", "rope_theta")
 SCALES = [(1,), (3, -3), (-3.0, 3.0), (1, 2, 3)]
@@ -74,6 +82,8 @@ def is_allowed(config, name, value):
     """What may stand there all the same."""
     if value is None:
         return name in OPTIONAL or (name == "max_tokens" and config.max_tokens is None)
+    if isinstance(value, bool | np.bool_):
+        return type(getattr(config, name)) is bool
     if type(value) in (int, float):
         return value == 2.5 if name in ABOVE_ZERO else name == "pb_c_init" and abs(value) <= 2.5
     if isinstance(value, str):

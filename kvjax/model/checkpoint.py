@@ -23,7 +23,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from kvjax.base import files
 from kvjax.base.values import listed, require
-from kvjax.config import EnvironmentConfig, WorldModelConfig, check_stored_env
+from kvjax.config import EnvironmentConfig, FramesConfig, WorldModelConfig, check_stored_env
 from kvjax.model import world_model
 from kvjax.model.world_model import Params
 
@@ -83,13 +83,21 @@ def save(path: str | Path, checkpoint: Checkpoint) -> None:
     environment = checkpoint.environment
     description: dict[str, Any] = {
         "config": dataclasses.asdict(checkpoint.config),
-        "environment": None if environment is None else dataclasses.asdict(environment),
+        "environment": None if environment is None else _said_of(environment),
         "notes": checkpoint.notes,
     }
     description["digest"] = _digest(description, tensors)
     metadata = {_METADATA_KEY: json.dumps(description, sort_keys=True)}
     with files.replacing(path) as file:
         file.write(safetensors.numpy.save(tensors, metadata=metadata))
+
+
+def _said_of(environment: EnvironmentConfig) -> dict[str, Any]:
+    """An environment's fields; without frames, those that an earlier kvjax reads."""
+    fields = dataclasses.asdict(environment)
+    if fields["frames"] is None:
+        del fields["frames"]
+    return fields
 
 
 def load(path: str | Path, *, env: str | None = None) -> Checkpoint:
@@ -195,9 +203,18 @@ def _parse(path: Path, described: dict[str, Any]) -> Checkpoint:
     """A checkpoint without its weights."""
     with _reading(path):
         config = WorldModelConfig(**_with_tuples(described["config"]))
-        environment = described["environment"]
-        known = None if environment is None else EnvironmentConfig(**_with_tuples(environment))
-        return Checkpoint(config, {}, known, tuple(map(str, described.get("notes", ()))))
+        environment = _parsed_environment(described["environment"])
+        return Checkpoint(config, {}, environment, tuple(map(str, described.get("notes", ()))))
+
+
+def _parsed_environment(said: dict[str, Any] | None) -> EnvironmentConfig | None:
+    """What an environment's fields say; files from before there were frames have none."""
+    if said is None:
+        return None
+    fields = _with_tuples(said)
+    if (frames := fields.pop("frames", None)) is not None:
+        fields["frames"] = FramesConfig(**frames)
+    return EnvironmentConfig(**fields)
 
 
 def _with_tuples(fields: dict[str, Any]) -> dict[str, Any]:

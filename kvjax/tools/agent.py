@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from kvjax.base.values import require
+from kvjax.config import EnvironmentConfig
 from kvjax.lightzero.checkpoint import tasks
 from kvjax.lightzero.checkpoint.described import CLIP
 from kvjax.lightzero.checkpoint.reading import SAID, check_names, read
@@ -50,7 +51,10 @@ def find_agent(
         require(encoder is not None, f"{path} is kvjax's: its encoder is read with it")
         return _find_own(path, said, env)
     imported = read(path, encoder=encoder, **said)
-    agent = Checkpoint(imported.config, imported.params, notes=imported.notes)
+    environment = imported.environment
+    if env is not None and (environment is None or environment.env_id != env):
+        environment = EnvironmentConfig(env)
+    agent = Checkpoint(imported.config, imported.params, environment, imported.notes)
     return Found(agent, imported.ignored, imported.origins)
 
 

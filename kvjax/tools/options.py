@@ -2,17 +2,19 @@
 
 import argparse
 import dataclasses
+import json
 from collections.abc import Callable
 from typing import Any
 
-from kvjax.config import WINDOW_MODES, EnvironmentConfig
+from kvjax.config import WINDOW_MODES, EnvironmentConfig, FramesConfig, WorldModelConfig
 from kvjax.lightzero.checkpoint import described, tasks
 from kvjax.lightzero.checkpoint.reading import SAID
 from kvjax.model.checkpoint import Checkpoint
 from kvjax.tools.agent import Found, find_agent
 from kvjax.tools.output import warnings_shown
 
-_SCALE = "observation_scale"
+_SCALE, _FRAMES = "observation_scale", "frames"
+_OF_FRAMES = [field.name for field in dataclasses.fields(FramesConfig)]
 
 
 def _parts(
@@ -30,6 +32,19 @@ def _parts(
         raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
 
     return read
+
+
+def _changes(text: str) -> dict[str, Any]:
+    """Reads fields of a `FramesConfig`, as in `frame_skip=4,gray_scale=true`."""
+    try:
+        said = dict(part.split("=") for part in text.split(","))
+        changes = {name: json.loads(value) for name, value in said.items()}
+        dataclasses.replace(FramesConfig(), **changes)
+    except (ValueError, TypeError) as error:
+        raise argparse.ArgumentTypeError(
+            f"expected NAME=VALUE,... of {', '.join(_OF_FRAMES)}, got {text!r}: {error}"
+        ) from error
+    return changes
 
 
 _OPTIONS: dict[str, dict[str, Any]] = {
@@ -63,6 +78,12 @@ _OPTIONS: dict[str, dict[str, Any]] = {
         "metavar": "X,X,...",
         "help": "factors of the observation",
     },
+    _FRAMES: {
+        "type": _changes,
+        "metavar": "NAME=VALUE,...",
+        "help": "what is seen of an environment's frames, where it is not what LightZero's Atari"
+        f" agents see: {', '.join(_OF_FRAMES)}",
+    },
 }
 
 _FLAGS = {tasks.TASK: "task"}
@@ -83,7 +104,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 def agent_of(args: argparse.Namespace) -> Found:
     """Reads a shipped, kvjax or LightZero checkpoint; its environment, options first."""
-    said = {name: getattr(args, name) for name in _OPTIONS if name != _SCALE}
+    said = {name: getattr(args, name) for name in _OPTIONS if name not in (_SCALE, _FRAMES)}
     with warnings_shown():
         found = find_agent(args.checkpoint, encoder=getattr(args, "encoder", "own"), **said)
     environment = environment_of(args, found.agent)
@@ -94,17 +115,30 @@ def agent_of(args: argparse.Namespace) -> Found:
 
 def environment_of(args: argparse.Namespace, agent: Checkpoint) -> EnvironmentConfig | None:
     """What the checkpoint says of its environment, options first."""
-    stored, scale = agent.environment, args.observation_scale
+    stored, scale, changes = agent.environment, args.observation_scale, args.frames
     if args.env is None and stored is None:
-        if scale is not None:
-            raise ValueError("--observation-scale needs --env")
+        for name in (_SCALE, _FRAMES):
+            if getattr(args, name) is not None:
+                raise ValueError(f"--{name.replace('_', '-')} needs --env")
         return None
-    env_id = args.env if stored is None or args.env is not None else stored.env_id
-    if scale is None and stored is not None and env_id == stored.env_id:
-        scale = stored.observation_scale
-    environment = EnvironmentConfig(env_id, scale)
+    if stored is None or args.env not in (None, stored.env_id):
+        stored = EnvironmentConfig(args.env)
+    if scale is not None:
+        stored = dataclasses.replace(stored, observation_scale=scale)
+    environment = _with_frames(stored, changes, agent.config)
     environment.require_fits(agent.config)
     return environment
+
+
+def _with_frames(
+    environment: EnvironmentConfig, changes: dict[str, Any] | None, config: WorldModelConfig
+) -> EnvironmentConfig:
+    """With what was said of frames; what was not is as stored, or as LightZero has it."""
+    environment = environment.completed(config)
+    if changes is None:
+        return environment
+    frames = dataclasses.replace(environment.frames or FramesConfig(), **changes)
+    return dataclasses.replace(environment, frames=frames)
 
 
 def origins(found: Found) -> str:

@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import functools
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from kvjax.base.values import require
 from kvjax.config import EnvironmentConfig, SearchConfig, WorldModelConfig
 from kvjax.model.checkpoint import Checkpoint
 from kvjax.model.step import FIRST_STEP
-from kvjax.tools import gif
+from kvjax.tools import environments, gif
 from kvjax.tools.routes import ROUTES, Step
 
 Array = np.ndarray[Any, Any]
@@ -216,7 +215,7 @@ class _Run:
                 row.start(self._next_episode(), self._seed)
 
     def _observation(self) -> Array:
-        """What the agent sees of each row: [B, observation_size] float32."""
+        """What the agent sees of each row: [B, *observation_shape] float32."""
         seen = np.stack([row.observation for row in self._rows]).astype(np.float32)
         return seen * self._scale
 
@@ -232,36 +231,10 @@ def _rows(
     rows: list[_Row] = []
     try:
         while len(rows) < count:
-            rows.append(_Row(_make(environment, config, render=render and not rows)))
+            rows.append(_Row(environments.make(environment, config, render=render and not rows)))
         yield rows
     except gymnasium.error.Error as error:
         raise ValueError(f"{environment.env_id}: {error}") from error
     finally:
         for row in rows:
             row.env.close()
-
-
-def _make(
-    environment: EnvironmentConfig, config: WorldModelConfig, *, render: bool
-) -> gymnasium.Env[Any, Any]:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # CartPole-v0 is meant
-            env = gymnasium.make(environment.env_id, render_mode="rgb_array" if render else None)
-    except Exception as error:  # of Gymnasium, of an import, of whoever wrote the environment
-        why = str(error) or type(error).__name__
-        raise ValueError(f"cannot make environment {environment.env_id!r}: {why}") from error
-    space = env.observation_space
-    if space.shape != config.observation_shape:
-        raise ValueError(
-            f"{environment.env_id} observes {space.shape}, the model reads"
-            f" {config.observation_shape}"
-        )
-    environment.require_fits(config)
-    actions = getattr(env.action_space, "n", None)
-    if actions != config.num_actions:
-        raise ValueError(
-            f"{environment.env_id} takes {env.action_space}, the model has {config.num_actions}"
-            " discrete actions"
-        )
-    return env

@@ -15,8 +15,9 @@ from typing import Any
 
 from kvjax.base import files
 from kvjax.base.values import is_integer, is_number, require
-from kvjax.config import VIT_HEAD, VIT_PATCH, WindowMode
+from kvjax.config import VIT_HEAD, VIT_PATCH, EnvironmentConfig, WindowMode
 from kvjax.lightzero import module
+from kvjax.lightzero.checkpoint import played
 from kvjax.lightzero.checkpoint.encoding import LEAVE_OUT
 
 CLIP = "use_policy_logits_clip"
@@ -28,7 +29,8 @@ MAX_BYTES = 2**20
 
 _VARIABLES = ("exp_config", "main_config")
 _DICTIONARIES = ("dict", "EasyDict")
-_PATH = ("policy", "model")
+_ENVIRONMENT = ("env",)
+_MODEL = ("policy", "model")
 _WORLD_MODEL = "world_model_cfg"
 
 _FIELDS = {
@@ -67,6 +69,7 @@ class Described:
     clips_logits: bool | None = None  # whether the policy's logits are; None: it does not say
     tasks: int | None = None  # how many
     embedding_use: str | None = None  # `task_embed_option`, "none" where embeddings are not used
+    environment: EnvironmentConfig | None = None  # that was played; None: it does not say
 
 
 def by_file(checkpoint: Path, *, reads_encoder: bool = True) -> Described:
@@ -81,15 +84,17 @@ def by_file(checkpoint: Path, *, reads_encoder: bool = True) -> Described:
     """
     folder = checkpoint.absolute().parent
     for path in (place / name for place in (folder, folder.parent) for name in NAMES):
-        model = _model_entries(path)
+        run = _run_entries(path)
+        model = _inside(run, _MODEL)
         entries = dict(_entries(model.get(_WORLD_MODEL)))
         if entries:
-            said = types.SimpleNamespace(**_literals(entries))
+            said, of_model = types.SimpleNamespace(**_literals(entries)), _literals(model)
+            environment = played.environment(_literals(_inside(run, _ENVIRONMENT)), of_model)
             with files.naming(path):
-                fields = _fields(said) | _model_fields(_literals(model))
+                fields = _fields(said) | _model_fields(of_model)
                 if reads_encoder:
                     _refuse_final_norm(said)
-            return _described(fields, str(path), said)
+            return dataclasses.replace(_described(fields, str(path), said), environment=environment)
     return Described()
 
 
@@ -192,8 +197,8 @@ def _bins(said: Any) -> tuple[int, int] | None:
     return int(start), int(stop) - 1
 
 
-def _model_entries(path: Path) -> dict[str, ast.expr]:
-    """The entries of `policy.model`, not evaluated; none where the file is no configuration."""
+def _run_entries(path: Path) -> dict[str, ast.expr]:
+    """The entries of a configuration, not evaluated; none where the file is no configuration."""
     try:
         if not path.is_file() or path.stat().st_size > MAX_BYTES:
             return {}
@@ -203,11 +208,15 @@ def _model_entries(path: Path) -> dict[str, ast.expr]:
         return {}
     for statement in tree.body:
         if isinstance(statement, ast.Assign) and _is_configuration(statement.targets):
-            node: ast.expr | None = statement.value
-            for name in _PATH:
-                node = dict(_entries(node)).get(name)
-            return dict(_entries(node))
+            return dict(_entries(statement.value))
     return {}
+
+
+def _inside(entries: dict[str, ast.expr], path: tuple[str, ...]) -> dict[str, ast.expr]:
+    """The entries of a dictionary inside."""
+    for name in path:
+        entries = dict(_entries(entries.get(name)))
+    return entries
 
 
 def _is_configuration(targets: list[ast.expr]) -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kvjax.base.values import listed, require
-from kvjax.config import POOLED_SIDES, WorldModelConfig
+from kvjax.config import POOLED_SIDES, EnvironmentConfig, WorldModelConfig
 from kvjax.lightzero import module
 from kvjax.lightzero.checkpoint import described, encoding, tasks, tensors, torch_file, variables
 from kvjax.lightzero.checkpoint.described import CLIP, Described
@@ -44,6 +44,7 @@ class Imported:
     ignored: tuple[str, ...]  # tensors that inference does not read, as the source names them
     origins: Mapping[str, str]  # fields of the configuration: "as you said", "from ..."
     notes: tuple[str, ...] = ()  # what whoever runs the model should know of it
+    environment: EnvironmentConfig | None = None  # that it was trained in, if a run says so
 
 
 def load(source: Any, **options: Any) -> tuple[WorldModelConfig, Params]:
@@ -102,7 +103,22 @@ def read(source: Any, **options: Any) -> Imported:
     config, origins = _configure(found, said, told)
     weights = tasks.fold(found, config, use, told.embedding_use)
     params = variables.from_tensors(weights, config)
-    return Imported(config, params, one.ignored + found.ignored, origins, notes)
+    environment = _environment(told, config, origins)
+    return Imported(config, params, one.ignored + found.ignored, origins, notes, environment)
+
+
+def _environment(
+    told: Described, config: WorldModelConfig, origins: Mapping[str, str]
+) -> EnvironmentConfig | None:
+    """The run's environment; none of a run of another model, whose configuration is left unread."""
+    if told.environment is None or f"from {told.origin}" not in origins.values():
+        return None
+    try:
+        told.environment.require_fits(config)
+    except ValueError as error:
+        _log.warning("%s: its environment is left unread: %s", told.origin, error)
+        return None
+    return told.environment
 
 
 def _reads_encoder(options: Mapping[str, Any]) -> bool:
