@@ -66,6 +66,8 @@ Layout = Literal["0.2.0", "main"]
 Norm = Literal["simnorm", "layernorm"]
 HiddenNorm = Literal["batchnorm", "layernorm"]
 EncoderKind = Literal["resnet", "memory", "vit"]
+SigmaType = Literal["conditioned", "fixed", "independent", "happo"]
+SIGMA_TYPES: tuple[SigmaType, ...] = get_args(SigmaType)
 
 POOLED_SIDES = (84, 96)
 """Sides of images that the encoder pools once more than others, to the same feature plane."""
@@ -190,6 +192,12 @@ class WorldModelConfig:
     A latent of a model with `task_size` ends in that many numbers that the encoder does not make:
     the embedding of the task that was taken out of a multi-task model.
 
+    With a `sigma_type` actions are continuous, `num_actions` numbers each, and the policy is a
+    Gaussian of them before a tanh: "conditioned" reads its deviations off the latent, "fixed" has
+    `fixed_sigma_value`, "independent" and "happo" have parameters for them. `bound_type` "tanh"
+    bounds the means. Each node of a search draws `num_sampled_actions` actions; None, for discrete
+    actions alone, gives it all of them.
+
     `window_mode` says what positions are and what happens when a window has reached C - 1 tokens:
 
     * "learned": absolute positions from a table. The oldest block is dropped, and what is kept is
@@ -205,13 +213,14 @@ class WorldModelConfig:
         divide the width or the encoder's, a task leaves no width to the encoder, the support is
         empty, the observation is both vector and image or an image of an unknown side, the window
         is invalid (see `WindowConfig`); a rotary model with a position table, an odd head size, or
-        a table-bound model without one.
+        a table-bound model without one; continuous actions without a number to draw, or more
+        discrete ones to draw than there are.
     """
 
     embed_dim: int  # E
     num_layers: int  # L
     num_heads: int  # H
-    num_actions: int  # A
+    num_actions: int  # A; of continuous actions the numbers of one
     context_length: int  # C, tokens
     max_tokens: int | None  # rows of the learned position table; None for rotary positions
     observation_size: int | None = None
@@ -232,6 +241,10 @@ class WorldModelConfig:
     encoder_hidden_norm: HiddenNorm = "batchnorm"
     head_expansion: int = 4  # hidden width of main's heads, in units of E
     task_size: int = 0
+    sigma_type: SigmaType | None = None  # of a Gaussian policy; None: actions are discrete
+    fixed_sigma_value: float = 0.5
+    bound_type: Literal["tanh"] | None = None  # of a Gaussian policy's means
+    num_sampled_actions: int | None = None  # K, drawn at each node of a search
 
     def __post_init__(self) -> None:
         make_plain(self)
@@ -261,8 +274,10 @@ class WorldModelConfig:
         require_one_of("layout", self.layout, ("0.2.0", "main"))
         for name in ("encoder_norm", "latent_norm"):
             require_one_of(name, getattr(self, name), ("simnorm", "layernorm"))
+        self._check_actions()
+        norms = (self.encoder_norm, self.latent_norm)
         require(
-            "simnorm" not in (self.encoder_norm, self.latent_norm)
+            not ("simnorm" in norms or self.is_continuous)
             or self.embed_dim % self.simnorm_group == 0,
             f"simnorm_group must divide embed_dim {self.embed_dim}, got {self.simnorm_group}",
         )
@@ -279,6 +294,26 @@ class WorldModelConfig:
             self.encoder_norm != "simnorm" or (width - size) % group == 0,
             f"simnorm_group must divide the encoder's width {width - size}, got {group}",
         )
+
+    def _check_actions(self) -> None:
+        if self.num_sampled_actions is not None:
+            require_positive(self, "num_sampled_actions")
+        drawn = self.num_sampled_actions
+        if self.is_continuous:
+            require_one_of("sigma_type", self.sigma_type, SIGMA_TYPES)
+            require(
+                drawn is not None,
+                "continuous actions need num_sampled_actions, how many a node of a search draws",
+            )
+        else:
+            require(
+                drawn is None or drawn <= self.num_actions,
+                f"num_sampled_actions must be at most num_actions {self.num_actions}, got {drawn}:"
+                " discrete actions are drawn without replacement",
+            )
+        require_above_zero(self, "fixed_sigma_value")
+        if self.bound_type is not None:
+            require_one_of("bound_type", self.bound_type, ("tanh",))
 
     def _validate_positions(self) -> None:
         require_above_zero(self, "rope_theta")
@@ -307,6 +342,26 @@ class WorldModelConfig:
     def is_rotary(self) -> bool:
         """Whether positions are rotary instead of learned."""
         return self.mode.rotary_gap is not None
+
+    @property
+    def is_continuous(self) -> bool:
+        """Whether actions are vectors of numbers."""
+        return self.sigma_type is not None
+
+    @property
+    def action_shape(self) -> tuple[int, ...]:
+        """Shape of one action: [] int32, or [A] float32 where actions are continuous."""
+        return (self.num_actions,) if self.is_continuous else ()
+
+    @property
+    def policy_size(self) -> int:
+        """Numbers that the policy head says: A logits, or means and deviations of a Gaussian."""
+        return 2 * self.num_actions if self.is_continuous else self.num_actions
+
+    @property
+    def num_edges(self) -> int:
+        """Actions that a node of a search has: K drawn ones, or all A."""
+        return self.num_sampled_actions or self.num_actions
 
     def _check_image(self, shape: tuple[int, int, int]) -> None:
         require(

@@ -59,8 +59,12 @@ def observe(params, window, latent, timestep, *, config):
 
 
 def root_step(params, window, last_action, latent, timestep, *, config):
-    starts = (last_action == FIRST_STEP) | (window.length == 0)
-    action = embed_action(params, jnp.maximum(last_action, 0), config=config)
+    is_first = (
+        jnp.all(jnp.isnan(last_action)) if config.is_continuous else last_action == FIRST_STEP
+    )
+    starts = is_first | (window.length == 0)
+    taken = jnp.nan_to_num(last_action) if config.is_continuous else jnp.maximum(last_action, 0)
+    action = embed_action(params, taken, config=config)
     at_action, at_observation = token_positions(config, timestep)
     _, continued = _push(params, action, window, at_action, config)
     window = windows.where(starts, windows.init(config.window), continued)

@@ -73,8 +73,11 @@ OPTIONAL = (
     "image_shape",
     "q_transform",
     "frames",
+    "sigma_type",
+    "bound_type",
+    "num_sampled_actions",
 )
-ABOVE_ZERO = ("temperature", "dirichlet_alpha", "pb_c_base", "rope_theta")
+ABOVE_ZERO = ("temperature", "dirichlet_alpha", "pb_c_base", "rope_theta", "fixed_sigma_value")
 SCALES = [(1,), (3, -3), (-3.0, 3.0), (1, 2, 3)]
 
 

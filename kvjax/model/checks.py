@@ -61,8 +61,14 @@ def _landmarks(config: WorldModelConfig) -> list[tuple[tuple[str, ...], tuple[in
     width, layers, rows = config.embed_dim, config.num_layers, config.max_tokens
     hidden = config.head_expansion * width if config.layout == "main" else width
     task, encoded = config.task_size, width - config.task_size
+    actions, other = ("kernel", "embedding") if config.is_continuous else ("embedding", "kernel")
+    is_layer = config.sigma_type == "conditioned"
+    is_parameter = config.is_continuous and not (is_layer or config.sigma_type == "fixed")
     known: dict[str, Any] = {
-        "action_embedding/embedding": (config.num_actions, width),
+        f"action_embedding/{actions}": (config.num_actions, width),
+        f"action_embedding/{other}": None,
+        "policy_head/log_sigma/bias": (config.num_actions,) if is_layer else None,
+        "policy_head/log_sigma": (1, config.num_actions) if is_parameter else None,
         "position_embedding/embedding": None if rows is None else (rows, width),
         f"blocks_{layers - 1}/key/bias": (width,),
         f"blocks_{layers}/key/bias": None,

@@ -91,7 +91,7 @@ def advance(
     Returns:
       The new contexts, policy logits [B, A] and value logits [B, S] of the observations.
     """
-    timestep = jnp.where(last_action == step.FIRST_STEP, 0, contexts.timestep + 1)
+    timestep = jnp.where(step.is_first(last_action), 0, contexts.timestep + 1)
     latent = unizero.encode(model, observation, config=config)
     window, policy, value = step.root_step(
         model, contexts.window, last_action, latent, timestep, config=config

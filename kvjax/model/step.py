@@ -20,7 +20,7 @@ from kvjax.ops import window as windows
 from kvjax.ops.window import Window
 
 FIRST_STEP = -1
-"""The last action of a row that starts an episode."""
+"""The last action of a row that starts an episode; of continuous actions, NaN in all numbers."""
 
 
 @jax.tree_util.register_dataclass
@@ -31,7 +31,7 @@ class Prediction:
     Attributes:
       latent: [E], the next latent state.
       reward: [S] logits over the support.
-      policy: [A] logits.
+      policy: [A] logits, or [2A] means and deviations of a Gaussian.
       value: [S] logits over the support.
     """
 
@@ -39,6 +39,24 @@ class Prediction:
     reward: jax.Array
     policy: jax.Array
     value: jax.Array
+
+
+def is_first(last_action: jax.Array) -> jax.Array:
+    """Which rows start an episode: [B] bool.
+
+    Args:
+      last_action: [B] integer, -1 starts one; or [B, A], where NaN in all numbers does.
+    """
+    if jnp.issubdtype(last_action.dtype, jnp.floating):
+        return jnp.all(jnp.isnan(last_action), axis=-1)
+    return last_action == FIRST_STEP
+
+
+def _acted(last_action: jax.Array) -> jax.Array:
+    """Last actions, those of rows that start an episode replaced by some action."""
+    if jnp.issubdtype(last_action.dtype, jnp.floating):
+        return jnp.where(is_first(last_action)[:, None], 0.0, last_action)
+    return jnp.maximum(last_action, 0)
 
 
 def observe(
@@ -68,17 +86,19 @@ def root_step(
     Args:
       window: the roots' windows before the action, `kv` [B, C, L, 2, H, D]. An empty one starts
         from the observation alone.
-      last_action: [B] int32; -1 starts an episode from an empty window.
+      last_action: [B] int32, -1 starts an episode from an empty window; or [B, A] float32, where
+        NaN does.
       latent: [B, E] of the current observations.
       timestep: [B] int32 of the current observations; read by rotary positions only.
 
     Returns:
-      The new root windows, policy logits [B, A] and value logits [B, S] of the observations.
+      The new root windows, policy logits [B, A] and value logits [B, S] of the observations. A
+      Gaussian policy is its means and deviations, [B, 2A].
     """
     before = window.length
-    starts = (last_action == FIRST_STEP) | (before == 0)
+    starts = is_first(last_action) | (before == 0)
     at_action, at_observation = modes.rotations(timestep, 0, config)
-    action = unizero.raw_action(model, jnp.maximum(last_action, 0))
+    action = unizero.raw_action(model, _acted(last_action))
     _, continued = _push(model, action, window, at_action, config)
     empty = jax.tree.map(jnp.zeros_like, continued)
     window = jax.vmap(windows.where)(starts, empty, continued)
@@ -101,7 +121,7 @@ def recurrent_step(
 
     Args:
       window: the parent nodes' windows; each parent's latent is its last token.
-      action: [B] int32 in 0 .. A - 1.
+      action: [B] int32 in 0 .. A - 1, or [B, A] float32.
       depth: [B] int32 of the new nodes below their root, from 1; read by rotary positions only.
       timestep: [B] int32 of the roots; read by rotary positions only.
       zero_keys: [B] int32, see `kvjax.model.unizero.token_step`.

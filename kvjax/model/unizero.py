@@ -14,6 +14,7 @@ of a window, K hidden units of a head.
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ import jax.numpy as jnp
 
 from kvjax.base.values import require, require_shape
 from kvjax.config import WorldModelConfig
+from kvjax.model import gaussian
 from kvjax.model.checks import validate_model
 from kvjax.model.norms import EPSILON
 from kvjax.model.root_window import View
@@ -58,13 +60,24 @@ class Block:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class HeadPair:
-    """Two heads that read the same token."""
+class Heads:
+    """Heads that read the same token: two of them, or one."""
 
     hidden: Linear  # [2K, E]
     norm: Linear | None  # scale and shift [2, K] of main's second LayerNorm
-    first: Linear  # [out, K]
-    second: Linear  # [out, K]
+    outputs: tuple[Linear, ...]  # [out, K] each
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class GaussianHead:
+    """The policy of continuous actions."""
+
+    hidden: Linear  # [E, E], reads the normalised stream
+    deeper: Linear  # [E, E]
+    mean: Linear  # [A, E]
+    log_sigma: Linear | jax.Array | None  # [A, E] of "conditioned"; [A, 1]; None of "fixed"
+    config: WorldModelConfig = dataclasses.field(metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -79,12 +92,13 @@ class UniZero:
     params: Params
     blocks: tuple[Block, ...]
     final_norm: Linear | None  # [E] scale and shift; None where the heads hold them
-    at_action: HeadPair  # reward, latent
-    at_observation: HeadPair  # policy, value
+    at_action: Heads  # reward, latent
+    at_observation: Heads  # policy, value; value alone beside a Gaussian policy
     latent_norm: Linear | None  # [E], of an observation head that ends in LayerNorm
-    actions: jax.Array  # [A, E] centred
+    actions: jax.Array  # [A, E] centred; of continuous actions the matrix as it is
     positions: jax.Array | None  # [C, E] centred; None if positions are rotary
     projected: jax.Array | None  # [C, L, 2, H, D], what each position adds to keys and values
+    gaussian: GaussianHead | None  # the policy of continuous actions
     num_heads: int = dataclasses.field(metadata={"static": True})  # H, in the queries' scale
 
     @property
@@ -147,18 +161,23 @@ def fold(params: Params | UniZero, *, config: WorldModelConfig) -> UniZero:
         projected = position.project(table, stacked, config.num_heads)
         table = _centred(table, axis=1)
     heads = {name: p[f"{name}_head"] for name in ("reward", "latent", "policy", "value")}
+    policy = () if config.is_continuous else (heads["policy"],)
+    actions = p["action_embedding"]
     final = p["final_norm"]
     latent_norm = p.get("latent_final", {}).get("norm")
     return UniZero(
         params=params,
         blocks=tuple(_fold_block(block, config) for block in blocks),
         final_norm=_affine(final) if config.layout == "main" else None,
-        at_action=_fold_heads(heads["reward"], heads["latent"], final),
-        at_observation=_fold_heads(heads["policy"], heads["value"], final),
+        at_action=_fold_heads(final, heads["reward"], heads["latent"]),
+        at_observation=_fold_heads(final, *policy, heads["value"]),
         latent_norm=None if latent_norm is None else _affine(latent_norm),
-        actions=_centred(p["action_embedding"]["embedding"], axis=1),
+        actions=actions["kernel"]
+        if config.is_continuous
+        else _centred(actions["embedding"], axis=1),
         positions=table,
         projected=projected,
+        gaussian=_fold_gaussian(heads["policy"], final, config) if config.is_continuous else None,
         num_heads=config.num_heads,
     )
 
@@ -203,17 +222,29 @@ def _fold_block(block: Params, config: WorldModelConfig) -> Block:
     )
 
 
-def _fold_heads(first: Params, second: Params, final_norm: Params) -> HeadPair:
+def _fold_heads(final_norm: Params, *heads: Params) -> Heads:
     """Release 0.2.0's heads take the final norm over; main's have norms of their own."""
-    heads = (first, second)
-    has_norms = "input_norm" in first
+    has_norms = "input_norm" in heads[0]
     hidden = [_reading(h["hidden"], h["input_norm"] if has_norms else final_norm) for h in heads]
     norm = None
     if has_norms:
         hidden = [Linear(_centred(h.weight, 0), _centred(h.bias, 0)) for h in hidden]
         norms = [_affine(h["hidden_norm"]) for h in heads]
         norm = jax.tree.map(lambda *parts: jnp.stack(parts), *norms)
-    return HeadPair(_stacked(*hidden), norm, _plain(first["output"]), _plain(second["output"]))
+    return Heads(_stacked(*hidden), norm, tuple(_plain(h["output"]) for h in heads))
+
+
+def _fold_gaussian(head: Params, final_norm: Params, config: WorldModelConfig) -> GaussianHead:
+    """It reads the final norm's output in both releases."""
+    sigma = head.get("log_sigma")
+    is_layer = isinstance(sigma, Mapping)
+    return GaussianHead(
+        hidden=_reading(head["hidden"], final_norm),
+        deeper=_plain(head["deeper"]),
+        mean=_plain(head["mean"]),
+        log_sigma=None if sigma is None else _plain(sigma) if is_layer else jnp.asarray(sigma).T,
+        config=config,
+    )
 
 
 def _rstd(centred: jax.Array, axis: int = 0) -> jax.Array:
@@ -342,25 +373,25 @@ def _by_head(x: jax.Array, heads: int) -> jax.Array:
     return jnp.sum(x.reshape(*x.shape[:-1], heads, -1), axis=-1)
 
 
-def _head_pair(model: UniZero, pair: HeadPair, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Both heads' outputs [out, B] of the stream [E, B]."""
+def _read_heads(model: UniZero, heads: Heads, x: jax.Array) -> list[jax.Array]:
+    """The heads' outputs [out, B] of the stream [E, B]."""
     if model.final_norm is None:
-        hidden = _apply(pair.hidden, x, _rstd(x))
+        hidden = _apply(heads.hidden, x, _rstd(x))
     else:
         normed = x * _rstd(x) * model.final_norm.weight[:, None] + model.final_norm.bias[:, None]
         centred = _centred(normed, axis=0)
-        hidden = _apply(pair.hidden, centred, _rstd(centred))
-    halves = hidden.reshape(2, -1, hidden.shape[-1])
-    if pair.norm is not None:
-        halves = halves * _rstd(halves, axis=1) * pair.norm.weight[..., None]
-        halves = halves + pair.norm.bias[..., None]
-    first, second = jax.nn.gelu(halves)
-    return _apply(pair.first, first), _apply(pair.second, second)
+        hidden = _apply(heads.hidden, centred, _rstd(centred))
+    parts = hidden.reshape(len(heads.outputs), -1, hidden.shape[-1])
+    if heads.norm is not None:
+        parts = parts * _rstd(parts, axis=1) * heads.norm.weight[..., None]
+        parts = parts + heads.norm.bias[..., None]
+    read = zip(heads.outputs, list(jax.nn.gelu(parts)), strict=True)
+    return [_apply(output, part) for output, part in read]
 
 
 def at_action(model: UniZero, x: jax.Array, *, config: WorldModelConfig) -> tuple[Any, Any]:
     """Stream [E, B] of action tokens to reward logits [R, B] and next latents [E, B]."""
-    reward, latent = _head_pair(model, model.at_action, x)
+    reward, latent = _read_heads(model, model.at_action, x)
     if model.latent_norm is None:
         return reward, _simnorm(latent, config.simnorm_group)
     centred = _centred(latent, axis=0)
@@ -369,8 +400,25 @@ def at_action(model: UniZero, x: jax.Array, *, config: WorldModelConfig) -> tupl
 
 
 def at_observation(model: UniZero, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Stream [E, B] of observation tokens to policy logits [A, B] and value logits [R, B]."""
-    return _head_pair(model, model.at_observation, x)
+    """Stream [E, B] of observation tokens to policy logits [A, B] and value logits [R, B].
+
+    A Gaussian policy is its means and deviations, [2A, B].
+    """
+    if model.gaussian is not None:
+        (value,) = _read_heads(model, model.at_observation, x)
+        return _read_gaussian(model.gaussian, x), value
+    policy, value = _read_heads(model, model.at_observation, x)
+    return policy, value
+
+
+def _read_gaussian(head: GaussianHead, x: jax.Array) -> jax.Array:
+    """Means and deviations [2A, B] of the stream [E, B]."""
+    hidden = jax.nn.gelu(_apply(head.hidden, x, _rstd(x)))
+    hidden = jax.nn.gelu(_apply(head.deeper, hidden))
+    log_sigma = head.log_sigma
+    if isinstance(log_sigma, Linear):
+        log_sigma = _apply(log_sigma, hidden)
+    return jnp.concatenate(gaussian.of_head(_apply(head.mean, hidden), log_sigma, head.config))
 
 
 def _simnorm(x: jax.Array, group: int) -> jax.Array:
@@ -399,13 +447,23 @@ def encode(model: UniZero, observation: jax.Array, *, config: WorldModelConfig) 
 
 
 def raw_action(model: UniZero, action: jax.Array) -> jax.Array:
-    """Actions [B] int32 to raw tokens [B, E]; a latent is a raw token as it is."""
+    """Actions [B] int32 or [B, A] to raw tokens [B, E]; a latent is a raw token as it is."""
+    if model.gaussian is not None:
+        return _weighed_action(model, action, model.gaussian).T
     return jnp.take(model.params["params"]["action_embedding"]["embedding"], action, axis=0)
 
 
 def embed_action(model: UniZero, action: jax.Array) -> jax.Array:
-    """Actions [B] to tokens [E, B], centred, without positions."""
+    """Actions [B] int32 or [B, A] to tokens [E, B], centred, without positions."""
+    if model.gaussian is not None:
+        return _centred(_weighed_action(model, action, model.gaussian), axis=0)
     return model.actions[action].T
+
+
+def _weighed_action(model: UniZero, action: jax.Array, policy: GaussianHead) -> jax.Array:
+    """Continuous actions [B, A] to tokens [E, B]."""
+    weighed = model.actions.T @ action.astype(model.dtype).T
+    return _simnorm(weighed, policy.config.simnorm_group)
 
 
 def embed_latent(latent: jax.Array) -> jax.Array:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax.config import WorldModelConfig
-from kvjax.model import encoders
+from kvjax.model import encoders, gaussian
 from kvjax.model.norms import Normalise, layer_norm
 from kvjax.ops import attention, position
 from kvjax.ops import window as windows
@@ -53,6 +53,36 @@ class _Head(nn.Module):
         else:
             hidden = self.hidden(x)
         return self.output(nn.gelu(hidden))
+
+
+class _GaussianHead(nn.Module):
+    """Policy of continuous actions, alike in both releases: means and deviations.
+
+    DI-engine's `ReparameterizationHead` of two layers, as LightZero's world model makes it.
+    """
+
+    config: WorldModelConfig
+
+    def setup(self) -> None:
+        config = self.config
+        self.hidden, self.deeper = nn.Dense(config.embed_dim), nn.Dense(config.embed_dim)
+        self.mean = nn.Dense(config.num_actions)
+        begin = {"independent": nn.initializers.zeros, "happo": nn.initializers.ones}
+        log_sigma: Any = None
+        if config.sigma_type == "conditioned":
+            log_sigma = nn.Dense(config.num_actions)
+        elif config.sigma_type in begin:
+            log_sigma = self.param("log_sigma", begin[config.sigma_type], (1, config.num_actions))
+        self.log_sigma = log_sigma
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        hidden = nn.gelu(self.deeper(nn.gelu(self.hidden(x))))
+        log_sigma = self.log_sigma
+        if self.config.sigma_type == "conditioned":
+            log_sigma = log_sigma(hidden)
+        elif log_sigma is not None:
+            log_sigma = log_sigma[0]
+        return jnp.concatenate(gaussian.of_head(self.mean(hidden), log_sigma, self.config))
 
 
 class _Block(nn.Module):
@@ -115,13 +145,20 @@ class WorldModel(nn.Module):
             self.task_embedding = nn.Embed(1, config.task_size)
         if config.max_tokens is not None:
             self.position_embedding = nn.Embed(config.max_tokens, config.embed_dim)
-        self.action_embedding = nn.Embed(config.num_actions, config.embed_dim)
+        embedding: Any = nn.Embed(config.num_actions, config.embed_dim)
+        if config.is_continuous:
+            embedding = nn.Dense(config.embed_dim, use_bias=False)
+            self.action_final = Normalise("simnorm", config.simnorm_group)
+        self.action_embedding = embedding
         self.blocks = [_Block(config) for _ in range(config.num_layers)]
         self.final_norm = layer_norm()
         self.reward_head = _Head(config, config.support_size)
         self.latent_head = _Head(config, config.embed_dim)
         self.latent_final = Normalise(config.latent_norm, config.simnorm_group)
-        self.policy_head = _Head(config, config.num_actions)
+        is_continuous = config.is_continuous
+        self.policy_head = (
+            _GaussianHead(config) if is_continuous else _Head(config, config.num_actions)
+        )
         self.value_head = _Head(config, config.support_size)
 
     def positions(self) -> jax.Array:
@@ -139,7 +176,10 @@ class WorldModel(nn.Module):
         return latent
 
     def embed_action(self, action: jax.Array) -> jax.Array:
-        """[] int32 -> token [E]."""
+        """[] int32, or [A] where actions are continuous -> token [E]."""
+        if self.config.is_continuous:
+            token: jax.Array = self.action_final(self.action_embedding(action))
+            return token
         # Not called, since Flax's layer fails for a table of one row.
         return jnp.take(self.action_embedding.embedding, action, axis=0)
 
@@ -212,7 +252,10 @@ class WorldModel(nn.Module):
         return self.reward_head(hidden), self.latent_final(self.latent_head(hidden))
 
     def at_observation(self, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Heads read at an observation token: policy logits [A] and value logits [S]."""
+        """Heads read at an observation token: policy logits [A] and value logits [S].
+
+        A Gaussian policy is its means and deviations, [2A].
+        """
         return self.policy_head(hidden), self.value_head(hidden)
 
     def __call__(self, observation: jax.Array, action: jax.Array, window: Window) -> Any:
@@ -248,7 +291,8 @@ def _init(rng: jax.Array, *, config: WorldModelConfig) -> Params:
     """One program, and traced once for a configuration, of which shapes are often asked."""
     window = windows.init(config.window)
     observation = jnp.zeros(config.observation_shape, jnp.float32)
-    return WorldModel(config).init(rng, observation, jnp.zeros((), jnp.int32), window)
+    action = jnp.zeros(config.action_shape, jnp.float32 if config.is_continuous else jnp.int32)
+    return WorldModel(config).init(rng, observation, action, window)
 
 
 def params_shapes(config: WorldModelConfig) -> Params:

@@ -149,7 +149,7 @@ def poison(state, name):
         ),
         (
             lambda s: s.update({f"{W}act_embedding_table.0.weight": torch.zeros(2)}),
-            "continuous actions",
+            r"act_embedding_table.0.weight has shape \(2,\), expected 2 dimensions",
         ),
         (lambda s: s.update({f"{W}task_emb.weight": torch.zeros(2)}), "multi-task models"),
         (

@@ -43,7 +43,7 @@ def test_the_floor_is_a_chain():
     assert np.isfinite(plain).all()
     pairs = (folded.at_action, folded.at_observation)
     layers = [layer for b in folded.blocks for layer in (b.qkv, b.projection, b.expand, b.contract)]
-    layers += [layer for pair in pairs for layer in (pair.hidden, pair.first, pair.second)]
+    layers += [layer for pair in pairs for layer in (pair.hidden, *pair.outputs)]
     changed = {id(layer.weight) for layer in layers}
     assert len(changed) == floor.num_products(2) // 2 + 3
     for weight in changed:

@@ -40,8 +40,12 @@ _FIELDS = {
     "action_space_size": "num_actions",
     "context_length": "context_length",
     "group_size": "simnorm_group",
+    "num_of_sampled_actions": "num_sampled_actions",
 }
 """LightZero's names of counts and the fields of `WorldModelConfig`."""
+
+_GAUSSIAN = ("sigma_type", "fixed_sigma_value", "bound_type")
+"""Fields of `WorldModelConfig` that LightZero names alike, of continuous actions."""
 
 _MODES: dict[str, WindowMode] = {
     "rotary_emb": "rope_lightzero",
@@ -132,6 +136,8 @@ def _described(fields: dict[str, Any], origin: str, said: Any) -> Described:
 def _fields(config: Any) -> dict[str, Any]:
     said = {field: getattr(config, name, None) for name, field in _FIELDS.items()}
     fields: dict[str, Any] = {name: value for name, value in said.items() if _is_count(value)}
+    if getattr(config, "continuous_action_space", False):
+        fields |= {name: getattr(config, name) for name in _GAUSSIAN if hasattr(config, name)}
     modes = [name for name in _MODES if getattr(config, name, False)]
     if len(modes) > 1:
         raise ValueError(f"{' and '.join(modes)} exclude each other")

@@ -32,6 +32,9 @@ _ASKED = ("num_heads", "context_length")
 OWN_OPTIONS = (ENCODER, CLIP, tasks.TASK, tasks.OPTION)
 """Options of `load` that are no fields of `WorldModelConfig`."""
 
+_SAMPLED_ACTIONS = 20
+"""Actions that a node of LightZero's search draws where nobody says how many."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -57,6 +60,8 @@ def load(source: Any, **options: Any) -> tuple[WorldModelConfig, Params]:
       **options: fields of `WorldModelConfig` that shapes do not tell: `num_heads` and
         `context_length` where no configuration does, `simnorm_group`, `rope_theta`, `support` or
         `image_shape` where they differ from LightZero's defaults. They win over a configuration.
+        Of continuous actions `fixed_sigma_value` of "fixed" deviations, which of "independent" and
+        "happo" a `sigma_type` with parameters is, `bound_type`, and `num_sampled_actions` (20).
         `use_policy_logits_clip="ignore"` reads a model of main whose policy logits are clipped in
         inference, which kvjax does not do: priors, and so searches, differ where logits are large.
         `encoder=None` leaves the encoder's tensors out, as of a text encoder, which kvjax does not
@@ -193,15 +198,23 @@ def _configure(
 
 
 def _build(fields: dict[str, Any]) -> WorldModelConfig:
-    for name in _ASKED:
+    for name in _asked(fields):
         if name not in fields:
             raise ValueError(
                 f"{name} is not stored in a LightZero checkpoint: pass {name}=..., or keep the"
                 " run's total_config.py beside the file"
             )
+    if fields["sigma_type"] is not None:
+        fields = {"num_sampled_actions": _SAMPLED_ACTIONS} | fields
     if fields["max_tokens"] is None:
         fields = {"window_mode": "rope_lightzero"} | fields
     return WorldModelConfig(**fields)
+
+
+def _asked(fields: dict[str, Any]) -> tuple[str, ...]:
+    """What the tensors of such a model do not tell."""
+    sigma = ("fixed_sigma_value",) if fields.get("sigma_type") == "fixed" else ("sigma_type",)
+    return _ASKED + sigma
 
 
 def _own_fields(told: Described, said: dict[str, Any], inferred: dict[str, Any]) -> dict[str, Any]:

@@ -35,6 +35,7 @@ _TELLING = (_MASK, _ROTATIONS, CLIP_BOUND)
 
 _WRAPPERS = r"(?:^|(?<=\.))(?:_orig_mod|module)\."  # torch.compile, DistributedDataParallel
 _ENCODER_COPY = "tokenizer.encoder."
+_POLICY_COPY, _POLICY = "fc_policy_head.", "head_policy.head_module."
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 HEADS = ("head_rewards", "head_observations", "head_policy", "head_value")
@@ -44,13 +45,14 @@ HEAD_OUTPUT = {"0.2.0": 2, "main": 4}
 
 _FINAL_NORM = "transformer.ln_f.weight"
 _POSITIONS = "pos_emb.weight"
+_ACTIONS, _VECTOR_ACTIONS = "act_embedding_table.weight", "act_embedding_table.0.weight"
+_SIGMA_LAYER, _SIGMAS = f"{_POLICY}log_sigma_layer.weight", f"{_POLICY}log_sigma_param"
 
 _UNSUPPORTED = {
     r".*task_emb|head_\w+_multi_task\.": "multi-task models",
     r"transformer\.blocks\.\d+\.gate[12]\.": "GRU gating",
     r"transformer\.blocks\.\d+\.(experts|feed_forward\.(experts|gate))\.": "mixture of experts",
     r".*\.lora_": "LoRA adapters",
-    r"act_embedding_table\.0\.": "continuous actions",
     r"head_\w+\.head_module\.\d+\.(experts|gate|phi)\b": "heads with a mixture of experts",
     r".*register_token": "register tokens",
 }
@@ -72,7 +74,7 @@ class Sorted:
 
 
 def sort(state: Any, *, reads_encoder: bool = True) -> Sorted:
-    """Strips wrappers, folds the encoder's copies into one, sets ignored tensors aside.
+    """Strips wrappers, folds copies of a module into one, sets ignored tensors aside.
 
     Raises:
       ValueError: it is no state dict of a model, the names of its tensors are those of a variant
@@ -126,6 +128,8 @@ def _inner_name(name: str) -> str:
     name = re.sub(_WRAPPERS, "", name).removeprefix("world_model.")
     if name.startswith(_ENCODER_COPY):
         name = ENCODER + name.removeprefix(_ENCODER_COPY)
+    if name.startswith(_POLICY_COPY):
+        name = _POLICY + name.removeprefix(_POLICY_COPY)
     return name.removeprefix("tokenizer.")
 
 
@@ -185,13 +189,12 @@ def inferred_fields(found: Sorted) -> dict[str, Any]:
     fields = {
         "embed_dim": embed_dim,
         "num_layers": len(layers),
-        "num_actions": _shape(weights, "act_embedding_table.weight", 2)[0],
         "max_tokens": _shape(weights, _POSITIONS, 2)[0] if _POSITIONS in weights else None,
         "support": (-(bins // 2), bins // 2),
         "layout": layout(weights),
         "latent_norm": _norm(f"{LATENT_NORM}.weight" in weights),
     }
-    fields |= _head_fields(weights) | _task_fields(found, embed_dim)
+    fields |= _action_fields(weights) | _head_fields(weights) | _task_fields(found, embed_dim)
     return fields | _rotated_heads(found, embed_dim) | encoding.fields(weights)
 
 
@@ -210,9 +213,19 @@ def _head_fields(weights: Tensors) -> dict[str, int]:
 
 def _task_fields(found: Sorted, embed_dim: int) -> dict[str, int]:
     """What a task's embedding leaves of the width to tokens of actions."""
-    if found.embedding is None:
+    if found.embedding is None or _ACTIONS not in found.weights:
         return {}
-    return {"task_size": embed_dim - _shape(found.weights, "act_embedding_table.weight", 2)[1]}
+    return {"task_size": embed_dim - _shape(found.weights, _ACTIONS, 2)[1]}
+
+
+def _action_fields(weights: Tensors) -> dict[str, Any]:
+    """Which actions there are; parameters of deviations do not tell what is made of them."""
+    if _VECTOR_ACTIONS not in weights:
+        return {"num_actions": _shape(weights, _ACTIONS, 2)[0], "sigma_type": None}
+    fields: dict[str, Any] = {"num_actions": _shape(weights, _VECTOR_ACTIONS, 2)[1]}
+    if _SIGMAS in weights:
+        return fields
+    return fields | {"sigma_type": "conditioned" if _SIGMA_LAYER in weights else "fixed"}
 
 
 def _norm(has_weight: bool) -> str:

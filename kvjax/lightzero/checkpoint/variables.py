@@ -21,6 +21,7 @@ _LEAVES = {
     "var": "running_var",
     "class_token": "cls_token",
     "positions": "pos_embedding",
+    "log_sigma": "log_sigma_param",
 }
 """Flax's leaf names and torch's."""
 
@@ -44,6 +45,16 @@ _BLOCK = {
 _FEED_FORWARD = {"0.2.0": "mlp", "main": "feed_forward"}
 
 _HEADS = dict(zip(("reward_head", "latent_head", "policy_head", "value_head"), HEADS, strict=True))
+_GAUSSIAN = {
+    "action_embedding": "act_embedding_table.0",
+    "policy_head": "head_policy.head_module",
+    "policy_head/hidden": "head_policy.head_module.main.0",
+    "policy_head/deeper": "head_policy.head_module.main.2",
+    "policy_head/mean": "head_policy.head_module.mu",
+    "policy_head/log_sigma": "head_policy.head_module.log_sigma_layer",
+}
+"""Modules of a model of continuous actions that others have not."""
+
 _HEAD_LAYERS = {
     "0.2.0": {"hidden": 0},
     "main": {"input_norm": 0, "hidden": 1, "hidden_norm": 2},
@@ -96,4 +107,5 @@ def _modules(config: WorldModelConfig) -> dict[str, str]:
     head = {name: f"head_module.{place}" for name, place in layers.items()}
     encoder = {"encoder": ENCODER.removesuffix(".")}
     found = _TOP | encoding.below(blocks, block) | encoding.below(_HEADS, head)
+    found |= _GAUSSIAN if config.is_continuous else {}
     return found | encoder | encoding.below(encoder, encoding.names(config))

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvjax.model.unizero import Block, HeadPair, UniZero
+from kvjax.model.unizero import Block, Heads, UniZero
 from kvjax.tools.bench.timing import finished
 
 _SMALLEST = 1e-6
@@ -63,10 +63,10 @@ def _layer(block: Block, x: jax.Array) -> jax.Array:
     return block.contract.weight @ (block.expand.weight @ x)
 
 
-def _heads(pair: HeadPair, x: jax.Array) -> jax.Array:
+def _heads(heads: Heads, x: jax.Array) -> jax.Array:
     """Both heads' outputs, which reach the next stream by their extremes, at its scale."""
-    first, second = jnp.split(pair.hidden.weight @ x, 2)
-    outputs = (pair.first.weight @ first, pair.second.weight @ second)
+    parts = jnp.split(heads.hidden.weight @ x, len(heads.outputs))
+    outputs = [output.weight @ part for output, part in zip(heads.outputs, parts, strict=True)]
     reached = sum(jnp.max(output, axis=0) for output in outputs)
     mixed = x + reached
     return mixed / (jnp.max(jnp.abs(mixed), axis=0) + _SMALLEST)

@@ -87,29 +87,36 @@ def build_model(
     support: int = 50,
     max_blocks: int = 10,
     seed: int = 0,
+    **sampled: Any,
 ) -> Any:
     """Build a `UniZeroModel` with random weights, in evaluation mode.
 
     `observation_size` is a vector's size or an image's (channels, height, width).
     `num_envs` bounds the batch of a search. Categories are the integers of `[-support, support]`.
     The position table has `2 * max_blocks` rows; `context_length` counts tokens and must fit.
+    Further settings make it a `SampledUniZeroModel`: `continuous_action_space`, `sigma_type`,
+    `fixed_sigma_value`, `bound_type`, `num_of_sampled_actions`.
     """
     sizes = {"embed_dim": embed_dim, "num_layers": num_layers, "num_heads": num_heads}
     sizes |= {"context_length": context_length, "max_blocks": max_blocks, "env_num": num_envs}
     sizes |= {"num_simulations": num_simulations, "action_space_size": num_actions}
     sizes |= {"max_tokens": TOKENS_PER_BLOCK * max_blocks, "support_size": 2 * support + 1}
     sizes |= {"tokens_per_block": TOKENS_PER_BLOCK, "group_size": SIM_NORM_GROUP}
-    config = _load("easydict").EasyDict(_CONFIG | sizes, device="cpu")
+    config = _load("easydict").EasyDict(_CONFIG | sizes | sampled, device="cpu")
     config.obs_type = "vector" if isinstance(observation_size, int) else "image"
     return _random_model(observation_size, config, seed)
 
 
 def _random_model(observation_size: Any, config: Any, seed: int) -> Any:
     """Seed and perturb all weights: a fresh observation head is zero, so all latents coincide."""
-    torch, model_type = _load("torch"), _load("lzero.model.unizero_model").UniZeroModel
+    torch, is_sampled = _load("torch"), "num_of_sampled_actions" in config
+    name = "SampledUniZeroModel" if is_sampled else "UniZeroModel"
+    module = "sampled_unizero_model" if is_sampled else "unizero_model"
+    model_type = getattr(_load(f"lzero.model.{module}"), name)
     with _quiet(), torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        model = model_type(observation_size, config.action_space_size, world_model_cfg=config)
+        sizes = observation_size, config.action_space_size
+        model = model_type(*sizes, world_model_cfg=config, norm_type="BN")
         for weight in model.parameters():
             weight.add_(torch.randn_like(weight), alpha=WEIGHT_NOISE)
     return _refresh(model)
