@@ -198,7 +198,7 @@ def search_output(out: Any) -> Picture | None:
 
     Args:
       out: fields of a `SearchOutput`: `visit_counts`, `q_values`, `prior` [B, A]; `action`,
-        `root_value`, `network_value`, `mean_depth` [B].
+        `root_value`, `network_value`, `mean_depth` [B]; perhaps `sampled_actions` [B, A, ...].
     """
     visits = np.asarray(out.visit_counts)
     if visits.ndim != 2:
@@ -210,26 +210,34 @@ def search_output(out: Any) -> Picture | None:
 
 
 def _searched(out: Any, row: int, visits: Array) -> Picture:
+    taken, drawn = _label(out.action[row]), out.sampled_actions
+    actions = range(len(visits)) if drawn is None else drawn[row]
     head = (
-        f"row {row}: action {int(out.action[row])}, value {float(out.root_value[row]):.3g}"
+        f"row {row}: action {taken}, value {float(out.root_value[row]):.3g}"
         f" (network {float(out.network_value[row]):.3g}),"
         f" mean depth {float(out.mean_depth[row]):.3g}"
     )
     most, columns = max(int(visits.max()), 1), (visits, out.q_values[row], out.prior[row])
     table = [
-        (action, int(count), int(count) / most, float(q), float(prior))
-        for action, (count, q, prior) in enumerate(zip(*columns, strict=True))
+        (_label(action), int(count), int(count) / most, float(q), float(prior))
+        for action, count, q, prior in zip(actions, *columns, strict=True)
     ]
     lines = [
         f"    {action:<6}  {count:<6}  {'#' * round(_BAR * share):<{_BAR}}  {q:<6.3g}  {p:.3f}"
         for action, count, share, q, p in table
     ]
     text = "\n".join(["  " + head, "    action  visits  bar           q       prior", *lines])
-    return Picture(text, html.escape(head) + _action_table(table, int(out.action[row])))
+    return Picture(text, html.escape(head) + _action_table(table, taken))
 
 
-def _action_table(table: list[tuple[int, int, float, float, float]], taken: int) -> str:
-    def line(action: int, count: int, share: float, q: float, prior: float) -> str:
+def _label(action: Any) -> str:
+    """An action's number, or its numbers."""
+    values = np.asarray(action)
+    return " ".join(f"{x:.2f}" for x in values) if values.ndim else str(int(values))
+
+
+def _action_table(table: list[tuple[str, int, float, float, float]], taken: str) -> str:
+    def line(action: str, count: int, share: float, q: float, prior: float) -> str:
         colour = "#d9822b" if action == taken else "#3b7dd8"
         bar = f'<div style="background:{colour};height:.8em;width:{10 * share:.2f}em"></div>'
         cells = (action, count, bar, f"{q:.3g}", f"{prior:.3f}")

@@ -1,6 +1,7 @@
 """What a search answers, and what of its configuration is data.
 
-Shapes: B rows, A actions.
+Shapes: B rows, A actions. Where nodes draw their actions (`WorldModelConfig.num_sampled_actions`) A
+is the number K of those that the root has drawn.
 """
 
 import dataclasses
@@ -47,7 +48,7 @@ class SearchOutput(display.Drawn):
     """Result of one search per row.
 
     Attributes:
-      action: [B] int32, what to do.
+      action: [B] int32, what to do; [B, numbers] float32 where actions are continuous.
       visit_counts: [B, A] int32, of the root's actions.
       root_value: [B], mean value of the root.
       q_values: [B, A], of the root's actions, 0 where never visited.
@@ -60,6 +61,8 @@ class SearchOutput(display.Drawn):
         ("gumbel").
       kept: `kvjax.Kept` for the next search, with `SearchConfig.kept_nodes`; else None.
       tree: `kvjax.SearchTree`, where `kvjax.tree_search` was asked to return it; else None.
+      sampled_actions: [B, K] int32 or [B, K, numbers] float32, the actions that the root has drawn,
+        in the order of `visit_counts`; None of a model whose nodes have all actions.
     """
 
     action: jax.Array
@@ -73,6 +76,7 @@ class SearchOutput(display.Drawn):
     action_weights: jax.Array
     kept: Any = None
     tree: Any = None
+    sampled_actions: Any = None
 
     def _picture(self) -> display.Picture | None:
         return display.search_output(self)

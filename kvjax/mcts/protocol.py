@@ -35,6 +35,7 @@ class Node:
       depth: [B] int32, edges below the root.
       root: pytree of [B, ...], the `data` of the roots.
       at_root: [B] int32, how many tokens of the whole window are the root's, the last that it has.
+      number: [] int32, of the node that the step makes; roots are 0.
     """
 
     tokens: Any
@@ -44,6 +45,7 @@ class Node:
     depth: jax.Array
     root: Any
     at_root: Any = None
+    number: Any = None
 
 
 @jax.tree_util.register_dataclass
@@ -233,7 +235,8 @@ def checked(model: TreeModel, params: Any, rng: jax.Array, root: Root) -> tuple[
     step = _in_words(model.step)
     rows = jnp.asarray(root.length, jnp.int32)
     valid = jnp.zeros((rows.shape[0], model.size), bool)
-    node = Node(root.tokens, valid, rows, root.state, rows, root.data, rows)
+    number = jnp.zeros((), jnp.int32)
+    node = Node(root.tokens, valid, rows, root.state, rows, root.data, rows, number)
     run = functools.partial(meshes.run_automatic, step, results=meshes.spec())
     tokens, state, came = jax.eval_shape(lambda *x: run(x), params, rng, node, rows)
 

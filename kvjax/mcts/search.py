@@ -12,17 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax.base import meshes
-from kvjax.base.arrays import ArrayLike, validate_legal, validate_range
+from kvjax.base.arrays import ArrayLike, validate_legal
 from kvjax.base.compilation import is_traced, jit_small_operations
-from kvjax.base.values import require_type
+from kvjax.base.values import require, require_type
 from kvjax.config import SearchConfig, WorldModelConfig
-from kvjax.mcts import subtree, unizero_tree
+from kvjax.mcts import sampling, subtree, unizero_tree
 from kvjax.mcts.output import Dials, SearchOutput, split
 from kvjax.mcts.protocol import Facts
 from kvjax.mcts.subtree import Kept, Past
 from kvjax.mcts.tree_search import by_rows, plan
 from kvjax.model import step, unizero
-from kvjax.model.checks import validate_key
+from kvjax.model.checks import validate_actions, validate_key
 from kvjax.model.contexts import Contexts, advance, validate_contexts
 from kvjax.model.unizero import UniZero
 from kvjax.model.world_model import Params
@@ -43,6 +43,7 @@ def search(
     config: WorldModelConfig,
     search: SearchConfig,
     kept: Kept | None = None,
+    draws: ArrayLike | None = None,
 ) -> tuple[Contexts, SearchOutput]:
     """Advances every environment by one step and plans the next action. One jitted call.
 
@@ -52,11 +53,15 @@ def search(
       contexts: what the previous call returned, or `init_contexts`.
       observation: [B, observation_size] float32, the current observations.
       last_action: [B] int32, the actions that led to them; -1 restarts a row from an empty context.
-      legal: [B, A] bool, all true by default.
+        Where actions are continuous [B, A] float32; a row of NaN restarts.
+      legal: [B, A] bool, all true by default. Continuous actions are all legal.
       config: the model's configuration (static).
       search: the search's configuration (static).
       kept: with `kept_nodes`, the previous call's `out.kept`, from which rows go on that took an
         action it had tried; nothing by default. Drop it when the parameters change.
+      draws: [B, 1 + num_simulations, K, ...], of a model whose nodes draw actions: those of the
+        root and of the node that each simulation makes, in place of drawn ones. It repeats a search
+        whose draws are known.
 
     Returns:
       The new contexts and a `SearchOutput`. A row whose observation or context makes the model
@@ -67,7 +72,7 @@ def search(
       TypeError: an argument of another type.
       ValueError: variables or contexts of another configuration; a shape does not fit, or host
         arrays hold an action outside -1 .. A - 1 or a row without a legal action; `kept` without
-        `kept_nodes`, or of another configuration.
+        `kept_nodes`, or of another configuration; `kept_nodes` where nodes draw actions.
     """
     args, static = _checked(
         params,
@@ -79,6 +84,7 @@ def search(
         config=config,
         search=search,
         kept=kept,
+        draws=draws,
     )
     planned: tuple[Contexts, SearchOutput] = _search(*args, **static)
     return planned
@@ -102,17 +108,22 @@ def _checked(
     config: WorldModelConfig,
     search: SearchConfig,
     kept: Kept | None = None,
+    draws: ArrayLike | None = None,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of `search` as the jitted one takes them."""
     unizero.validate(params, config)
     validate_key(rng)
     require_type("search", search, SearchConfig, "kvjax.SearchConfig")
     arrays = _arrays(contexts, observation, last_action, legal, config)
+    sampling.validate(search, config)
     kept = _kept(kept, contexts, config, search)
+    if draws is not None:
+        sampling.validate_draws(draws, contexts.timestep.shape[0], search, config)
     if search.tree == "muzero" and search.q_transform is None:
         search = dataclasses.replace(search, q_transform="tree")
     dials, search = split(search)
-    return (params, rng, contexts, *arrays, kept, dials), {"config": config, "search": search}
+    static = {"config": config, "search": search}
+    return (params, rng, contexts, *arrays, kept, dials, draws), static
 
 
 def _arrays(
@@ -121,21 +132,25 @@ def _arrays(
     last_action: ArrayLike,
     legal: ArrayLike | None,
     config: WorldModelConfig,
-) -> tuple[ArrayLike, ArrayLike, ArrayLike]:
+) -> tuple[ArrayLike, ArrayLike, ArrayLike | None]:
     """Observations, last actions and legal actions, checked, as the jitted search takes them."""
     validate_contexts(contexts, config)
     num_envs = contexts.timestep.shape[0]
-    if legal is None:
-        legal = _all_legal(num_envs, config.num_actions)
-    observation, last_action, legal = (
-        x if isinstance(x, jax.Array) else np.asarray(x) for x in (observation, last_action, legal)
-    )
-    _validate(num_envs, observation, last_action, legal, config)
-    return (
-        observation.astype(jnp.float32),
-        last_action.astype(jnp.int32),
-        legal.astype(bool),
-    )
+    observation, last_action = map(_as_array, (observation, last_action))
+    _validate(num_envs, observation, last_action, config)
+    observed = observation.astype(jnp.float32), step.as_taken(last_action)
+    if config.is_continuous:
+        require(legal is None, "legal must be None: continuous actions are all legal")
+        return *observed, None
+    legal = _all_legal(num_envs, config.num_actions) if legal is None else _as_array(legal)
+    shape = (num_envs, config.num_actions)
+    require(np.shape(legal) == shape, f"legal must have shape {shape}, got {np.shape(legal)}")
+    validate_legal(legal)
+    return *observed, legal.astype(bool)
+
+
+def _as_array(x: ArrayLike) -> ArrayLike:
+    return x if isinstance(x, jax.Array) else np.asarray(x)
 
 
 def _all_legal(rows: int, num_actions: int) -> jax.Array:
@@ -173,24 +188,12 @@ _begin = jax.jit(unizero_tree.init_kept, static_argnums=(0, 1, 2))
 
 
 def _validate(
-    num_envs: int,
-    observation: ArrayLike,
-    last_action: ArrayLike,
-    legal: ArrayLike,
-    config: WorldModelConfig,
+    num_envs: int, observation: ArrayLike, last_action: ArrayLike, config: WorldModelConfig
 ) -> None:
-    expected = {
-        "observation": (observation, (num_envs, *config.observation_shape)),
-        "last_action": (last_action, (num_envs,)),
-        "legal": (legal, (num_envs, config.num_actions)),
-    }
-    for name, (value, shape) in expected.items():
-        if np.shape(value) != shape:
-            raise ValueError(f"{name} must have shape {shape}, got {np.shape(value)}")
-    if not jnp.issubdtype(last_action.dtype, jnp.integer):
-        raise ValueError(f"last_action must be integers, got {last_action.dtype}")
-    validate_range("last_action", last_action, step.FIRST_STEP, config.num_actions - 1)
-    validate_legal(legal)
+    expected = (num_envs, *config.observation_shape)
+    came = np.shape(observation)
+    require(came == expected, f"observation must have shape {expected}, got {came}")
+    validate_actions("last_action", last_action, (num_envs,), config)
 
 
 def is_narrow(config: WorldModelConfig, **_: Any) -> bool:
@@ -205,16 +208,17 @@ def _search(
     contexts: Contexts,
     observation: jax.Array,
     last_action: jax.Array,
-    legal: jax.Array,
+    legal: jax.Array | None,
     kept: Kept | None = None,
     dials: Dials | None = None,
+    draws: jax.Array | None = None,
     *,
     config: WorldModelConfig,
     search: SearchConfig,
 ) -> tuple[Contexts, SearchOutput]:
     """The search itself; without `dials` temperature and discount are those of `search`."""
     dials = split(search)[0] if dials is None else dials
-    arguments = params, rng, contexts, observation, last_action, legal, kept, dials
+    arguments = params, rng, contexts, observation, last_action, legal, kept, dials, draws
     run = functools.partial(_advance_and_plan, config=config, search=search)
     rows = meshes.rows_of(contexts.timestep)
     results = meshes.spec(rows), by_rows(rows, kept)
@@ -228,9 +232,10 @@ def _advance_and_plan(
     contexts: Contexts,
     observation: jax.Array,
     last_action: jax.Array,
-    legal: jax.Array,
+    legal: jax.Array | None,
     kept: Kept | None,
     dials: Dials,
+    draws: jax.Array | None,
     *,
     config: WorldModelConfig,
     search: SearchConfig,
@@ -238,10 +243,15 @@ def _advance_and_plan(
     model = unizero.fold(params, config=config)
     contexts, policy, value = advance(model, contexts, observation, last_action, config=config)
     value = support.to_scalar(value, config.support)
+    root = unizero_tree.root(model, contexts, policy, value, legal, config)
+    is_sampled = config.num_sampled_actions is not None
+    if is_sampled:
+        rng, draw_rng = jax.random.split(rng)
+        root = sampling.at_root(root, draw_rng, config, draws)
     output = plan(
         model,
         rng,
-        unizero_tree.root(model, contexts, policy, value, legal, config),
+        root,
         None if kept is None else Past(kept, last_action, contexts.timestep),
         dials,
         model=unizero_tree.tree_model(config),
@@ -249,4 +259,4 @@ def _advance_and_plan(
         search=search,
         raw=False,
     )
-    return contexts, output
+    return contexts, sampling.answer(output, root.state) if is_sampled else output

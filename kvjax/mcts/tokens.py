@@ -149,7 +149,8 @@ def run(
 
         def step(count: int | None) -> Any:
             read, valid, at_root = _read(tokens.tables, slots, length, count)
-            node = Node(read, valid, length, above, path.depth - 1, data, at_root)
+            number = simulation + 1
+            node = Node(read, valid, length, above, path.depth - 1, data, at_root, number)
             return model.step(params, step_rng, node, action)
 
         new, state, imagined = _shortest(step, model, slots, length, search)

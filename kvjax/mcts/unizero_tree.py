@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from kvjax.base.values import require_count, require_type
 from kvjax.config import SearchConfig, WorldModelConfig
-from kvjax.mcts import policies, subtree
+from kvjax.mcts import policies, sampling, subtree
 from kvjax.mcts.protocol import Node, Root, Transition, TreeModel
 from kvjax.mcts.subtree import Kept
 from kvjax.model import modes, root_window, unizero
@@ -37,14 +37,14 @@ def root(
     contexts: Contexts,
     policy: jax.Array,
     value: jax.Array,
-    legal: jax.Array,
+    legal: jax.Array | None,
     config: WorldModelConfig,
 ) -> Root:
     """Contexts as a search sees them.
 
     Args:
-      policy: [B, A] logits, and `value` [B], of their last observations.
-      legal: [B, A] bool.
+      policy: [B, P], and `value` [B], of their last observations.
+      legal: [B, A] bool; None: all actions.
     """
     window = contexts.window
     dtype = modes.table_dtype(config)
@@ -66,11 +66,13 @@ def init_kept(config: WorldModelConfig, num_envs: int, search: SearchConfig) -> 
 
     Raises:
       TypeError: an argument of another type.
-      ValueError: the search has no `kept_nodes`, or `num_envs` is not a positive integer.
+      ValueError: the search has no `kept_nodes`, the model draws actions, or `num_envs` is not a
+        positive integer.
     """
     require_type("config", config, WorldModelConfig, "kvjax.WorldModelConfig")
     require_type("search", search, SearchConfig, "kvjax.SearchConfig")
     num_envs = require_count("num_envs", num_envs)
+    sampling.validate(search, config)
     subtree.require_kept_nodes(search)
     shape: Any = jax.ShapeDtypeStruct
     window = (num_envs, config.window.kept_length, *config.latent_shape)
@@ -83,11 +85,15 @@ def init_kept(config: WorldModelConfig, num_envs: int, search: SearchConfig) -> 
 
 def _step(
     model: UniZero, rng: jax.Array, node: Node, action: jax.Array, *, config: WorldModelConfig
-) -> tuple[Any, None, Transition]:
-    """Imagines a step: the action's token, the latent that it brings, and that one's token."""
-    del rng
+) -> tuple[Any, Any, Transition]:
+    """Imagines a step: the action's token, the latent that it brings, and that one's token.
+
+    Where nodes draw actions they are the node's state, and `action` [B] is a place among them.
+    """
     read = [part.astype(model.dtype) for part in node.tokens]
-    timestep, arranged = node.root
+    timestep, arranged, *draws = node.root
+    if config.num_sampled_actions is not None:
+        action = sampling.taken(node.state, action)
     if arranged is None:
         view, cached = None, modes.as_read(model, read, config)
     else:
@@ -106,4 +112,7 @@ def _step(
     held = modes.block_held(model, (acted, observed), (first, second), length, config)
     reward, value = (support.to_scalar(x, config.support, axis=0) for x in (reward, value))
     tokens = tuple(part.astype(modes.table_dtype(config)) for part in held)
-    return tokens, None, Transition(reward, value, policy.T)
+    drawn, policy = None, policy.T
+    if config.num_sampled_actions is not None:
+        drawn, policy = sampling.of_new_node(rng, node, draws[0], policy, config)
+    return tokens, drawn, Transition(reward, value, policy)

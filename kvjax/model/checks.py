@@ -11,10 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvjax.base.values import describe, require_type
+from kvjax.base.arrays import ArrayLike, validate_range
+from kvjax.base.values import describe, require, require_type
 from kvjax.config import VIT_HEAD, VIT_PATCH, Norm, WorldModelConfig
 from kvjax.model.world_model import Params
 from kvjax.ops.window import Window
+
+_FIRST_STEP = -1  # `kvjax.model.step` has its meaning
 
 
 def validate_model(params: Params, config: WorldModelConfig) -> None:
@@ -113,6 +116,41 @@ def _encoder_landmarks(config: WorldModelConfig, width: int) -> dict[str, Any]:
 
 def _bias(norm: Norm, width: int) -> tuple[int] | None:
     return (width,) if norm == "layernorm" else None
+
+
+def validate_actions(
+    name: str,
+    action: ArrayLike,
+    shape: tuple[int, ...],
+    config: WorldModelConfig,
+    *,
+    or_first: bool = True,
+) -> None:
+    """Refuses what are no actions of such a model, or host arrays with values out of range.
+
+    Args:
+      shape: of the batch.
+      or_first: whether an action may also mark a first step: -1, or a vector of NaN.
+
+    Raises:
+      ValueError: with the argument's name, what was expected and what came.
+    """
+    expected, came = (*shape, *config.action_shape), np.shape(action)
+    require(came == expected, f"{name} must have shape {expected}, got {came}")
+    if not config.is_continuous:
+        is_integer = jnp.issubdtype(action.dtype, jnp.integer)
+        require(is_integer, f"{name} must be integers, got {action.dtype}")
+        validate_range(name, action, _FIRST_STEP if or_first else 0, config.num_actions - 1)
+        return
+    is_float = jnp.issubdtype(action.dtype, jnp.floating)
+    require(is_float, f"{name} must be floating-point numbers, got {action.dtype}")
+    if isinstance(action, np.ndarray):
+        firsts = np.isnan(action).all(axis=-1, keepdims=True) & or_first
+        allowed = "finite numbers, or NaN in a whole row, which restarts it"
+        require(
+            bool((np.isfinite(action) | firsts).all()),
+            f"{name} must be {allowed if or_first else 'finite numbers'}, got {action.tolist()}",
+        )
 
 
 def validate_key(rng: Any) -> None:

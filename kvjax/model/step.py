@@ -12,6 +12,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from kvjax.base.arrays import ArrayLike
 from kvjax.base.compilation import computed_once
 from kvjax.config import WorldModelConfig
 from kvjax.model import modes, unizero
@@ -50,6 +51,12 @@ def is_first(last_action: jax.Array) -> jax.Array:
     if jnp.issubdtype(last_action.dtype, jnp.floating):
         return jnp.all(jnp.isnan(last_action), axis=-1)
     return last_action == FIRST_STEP
+
+
+def as_taken(last_action: ArrayLike) -> ArrayLike:
+    """Actions, and what marks first steps, as programs take them: int32 or float32."""
+    is_vector = jnp.issubdtype(last_action.dtype, jnp.floating)
+    return last_action.astype(jnp.float32 if is_vector else jnp.int32)
 
 
 def _acted(last_action: jax.Array) -> jax.Array:

@@ -28,7 +28,7 @@ from kvjax.tools.parity.reference_tree import Network
 
 Array = np.ndarray[Any, Any]
 Root = tuple[jax.Array, jax.Array]
-"""Policy logits [B, A] and value logits [B, S]."""
+"""Policy logits [B, A], or of Gaussians [B, 2A], and value logits [B, S]."""
 
 
 class Carried:
@@ -58,7 +58,7 @@ class Carried:
         """Makes roots of what the environments did; see `kvjax.initial_inference`."""
         del last_latent  # the windows are at hand
         self._timestep = timestep.astype(np.int32)
-        asked = action.astype(np.int32), latent, self._timestep
+        asked = step.as_taken(action), latent, self._timestep
         window, policy, value = self._push(self._model, self.roots, *asked)
         self._nodes = [window]
         return policy, value
@@ -66,7 +66,7 @@ class Carried:
     def imagine(self, parent: Array, action: Array, depth: Array) -> Prediction:
         """Makes a child of node `parent[b]` in each row b, at a depth of 1 or more."""
         parents = [self._nodes[i] for i in parent]
-        asked = action.astype(np.int32), depth.astype(np.int32), self._timestep
+        asked = step.as_taken(action), depth.astype(np.int32), self._timestep
         prediction: Prediction
         child, prediction = self._imagine(self._model, parents, *asked)
         self._nodes.append(child)
