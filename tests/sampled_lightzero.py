@@ -115,7 +115,7 @@ def follow(recorded):
         def choose(node, scores, ahead=ahead):
             nonlocal ties
             best, wanted = int(np.argmax(scores)), ahead[node]
-            assert scores[best] - scores[wanted] < NEAR, (simulation, node, scores, wanted)
+            assert scores[best] - scores[wanted] < NEAR, (node, scores, wanted)
             ties += best != wanted
             return wanted
 

@@ -18,9 +18,10 @@ def validate_batch(
     config: WorldModelConfig,
     rows: int,
     latents: dict[str, ArrayLike],
+    action: ArrayLike,
     ids: dict[str, ArrayLike],
 ) -> None:
-    """Refuses latents [B, E], ids [B] or a store that do not fit.
+    """Refuses latents [B, E], actions, ids [B] or a store that do not fit.
 
     Raises:
       ValueError: with the argument's name, what was expected and what came.
@@ -33,6 +34,10 @@ def validate_batch(
             raise ValueError(
                 f"{name} must be float32 of shape {expected}, got {dtype} {np.shape(value)}"
             )
+    if not config.is_continuous:
+        ids = {"action": action} | ids
+    elif not hasattr(action, "dtype"):
+        raise ValueError(f"action must be an array, got {type(action).__name__}")
     for name, value in ids.items():
         is_integer = hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jnp.integer)
         if np.shape(value) != (rows,) or not is_integer:

@@ -18,12 +18,13 @@ import numpy as np
 
 from kvjax import store as stores
 from kvjax.base import interrupts, loops
-from kvjax.base.arrays import ArrayLike, num_rows, validate_range
+from kvjax.base.arrays import ArrayLike, num_rows
 from kvjax.base.compilation import computed_once
 from kvjax.base.values import require, require_one_of, require_shape
 from kvjax.config import WorldModelConfig
 from kvjax.mcts.checks import validate_batch
 from kvjax.model import modes, step, unizero
+from kvjax.model.checks import validate_actions
 from kvjax.model.unizero import UniZero
 from kvjax.model.world_model import Params
 from kvjax.ops import hashing
@@ -42,7 +43,7 @@ class Inference:
     Attributes:
       latent: [B, E], of the new node.
       reward: [B, S] logits over the support, zero at roots.
-      policy: [B, A] logits.
+      policy: [B, A] logits, or [B, 2A] means and deviations of Gaussians.
       value: [B, S] logits over the support.
       hit: [B] bool, the parent's window was found (a first step needs none: False).
       slot: [B] int32, handle of the new window, -1 if it is not stored.
@@ -72,7 +73,7 @@ class _Rows:
     """What a step brings, row by row."""
 
     latent: Any  # [B, E]: the current one of a root step, the parent's of a searched one
-    action: Any  # [B]
+    action: Any  # [B] or [B, A]
     env_id: Any  # [B]
     timestep: Any  # [B]
     priority: Any = None  # [B]
@@ -163,7 +164,8 @@ def initial_inference(
         a wide model's matrices are then not rewritten in each.
       store: moved, see the module's text.
       last_latent: [B, E] float32, of the observation before; not read in first steps.
-      action: [B] integer, the action taken there; -1 marks an environment's first step.
+      action: [B] integer, the action taken there; -1 marks an environment's first step. Where
+        actions are continuous [B, A] float32; NaN in a whole row marks a first step.
       latent: [B, E] float32, of the current observation.
       env_id: [B] integer in 0 .. P - 1; any subset, in any order.
       timestep: [B] integer, of the current observation (the default priority).
@@ -188,8 +190,9 @@ def initial_inference(
     """
     unizero.validate(params, config)
     rows = num_rows(latent)
-    ids = {"action": action, "env_id": env_id, "timestep": timestep}
-    validate_batch(store, config, rows, {"last_latent": last_latent, "latent": latent}, ids)
+    ids = {"env_id": env_id, "timestep": timestep}
+    latents = {"last_latent": last_latent, "latent": latent}
+    validate_batch(store, config, rows, latents, action, ids)
     _require_priority(store, priority, rows)
     require_one_of("miss_policy", miss_policy, (*MISS_POLICIES, "rebuild"))
     if miss_policy == "rebuild" and store.latest is None:
@@ -197,11 +200,11 @@ def initial_inference(
             'miss_policy "rebuild" needs windows with raw tokens (window_mode "rebuild"), the'
             f' model\'s window_mode is "{config.window_mode}"'
         )
-    validate_range("action", action, step.FIRST_STEP, config.num_actions - 1)
+    validate_actions("action", action, (rows,), config)
 
     def refuse(store: Store, out: Inference) -> None:
         if miss_policy == "error" and not reanalysis:
-            _raise_on_miss(store, out.valid & ~out.hit & (action != step.FIRST_STEP))
+            _raise_on_miss(store, out.valid & ~out.hit & ~step.is_first(action))
 
     arrays = _Rows(latent, action, env_id, timestep, priority, last_latent=last_latent)
     how = _How(config, miss_policy, reanalysis)
@@ -236,7 +239,7 @@ def recurrent_inference(
       params: as in `initial_inference`.
       store: moved, see the module's text.
       latent: [B, E] float32, of the parent nodes.
-      action: [B] integer in 0 .. A - 1.
+      action: [B] integer in 0 .. A - 1, or [B, A] float32.
       env_id: [B] integer in 0 .. P - 1.
       depth: [B] integer, of the new nodes below their root (the default priority, shallow first).
       timestep: [B] integer, of the roots; read by rotary positions only.
@@ -259,13 +262,13 @@ def recurrent_inference(
     """
     unizero.validate(params, config)
     rows = num_rows(latent)
-    ids = {"action": action, "env_id": env_id, "depth": depth, "timestep": timestep}
+    ids = {"env_id": env_id, "depth": depth, "timestep": timestep}
     ids |= {} if slot is None else {"slot": slot}
-    validate_batch(store, config, rows, {"latent": latent}, ids)
+    validate_batch(store, config, rows, {"latent": latent}, action, ids)
     _require_priority(store, priority, rows)
     require_one_of("miss_policy", miss_policy, MISS_POLICIES)
     require_one_of("full_policy", full_policy, FULL_POLICIES)
-    validate_range("action", action, 0, config.num_actions - 1)
+    validate_actions("action", action, (rows,), config, or_first=False)
     if rows > pools.total_slots(store.nodes):
         raise ValueError(f"{rows} rows do not fit into {pools.total_slots(store.nodes)} node slots")
 
@@ -330,8 +333,9 @@ def _initial(
     config = how.config
     model, latent = unizero.fold(params, config=config), computed_once(rows.latent)
     valid = _in_range(rows.env_id, stores.num_envs(store))
-    valid &= (rows.action >= step.FIRST_STEP) & (rows.action < config.num_actions)
-    continues = valid & (rows.action != step.FIRST_STEP)
+    starts = step.is_first(rows.action)
+    valid &= starts | _is_action(rows.action, config)
+    continues = valid & ~starts
     asks = continues & (not how.reanalysis)
     last_keys = stores.latent_keys(store, rows.last_latent, rows.env_id)
     found = stores.only(stores.find(store, last_keys, rows.env_id, roots_only=True), asks)
@@ -371,7 +375,7 @@ def _recurrent(
 ) -> tuple[Store, Inference]:
     config, env_id = how.config, rows.env_id
     model = unizero.fold(params, config=config)
-    valid = _in_range(env_id, stores.num_envs(store)) & _in_range(rows.action, config.num_actions)
+    valid = _in_range(env_id, stores.num_envs(store)) & _is_action(rows.action, config)
     keys = stores.latent_keys(store, rows.latent, env_id)
     if rows.slot is None:
         found = stores.find(store, keys, env_id)
@@ -409,6 +413,12 @@ def _recurrent(
     return store, _poison(
         Inference(new.latent, new.reward, new.policy, new.value, found.hit, handle, valid, full)
     )
+
+
+def _is_action(action: jax.Array, config: WorldModelConfig) -> jax.Array:
+    if config.is_continuous:
+        return jnp.all(jnp.isfinite(action), axis=-1)
+    return _in_range(action, config.num_actions)
 
 
 def _in_range(ids: jax.Array, size: int) -> jax.Array:

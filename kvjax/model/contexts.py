@@ -16,7 +16,7 @@ from kvjax.base.arrays import ArrayLike, is_deleted, validate_range
 from kvjax.base.values import require, require_count, require_type
 from kvjax.config import WorldModelConfig
 from kvjax.model import step, unizero
-from kvjax.model.checks import validate_raw
+from kvjax.model.checks import validate_actions, validate_raw
 from kvjax.model.unizero import UniZero
 from kvjax.model.world_model import Params
 from kvjax.ops import window as windows
@@ -86,7 +86,7 @@ def advance(
 
     Args:
       observation: [B, *observation_shape].
-      last_action: [B] int32, -1 restarts a row.
+      last_action: [B] int32, -1 restarts a row; or [B, A] float32, where NaN does.
 
     Returns:
       The new contexts, policy logits [B, A] and value logits [B, S] of the observations.
@@ -117,6 +117,7 @@ def replay(
       observation: [B, T, *observation_shape] float32; what lies behind a row's length is not read.
       action: [B, T] integer; `action[:, i]` led to `observation[:, i]`, -1 begins an episode. A
         history that begins in the middle of an episode starts from its first observation alone.
+        Continuous actions are [B, T, A] float32, and NaN begins an episode.
       length: [B] integer in 0 .. T, steps of each history.
       config: the model's configuration (static).
       contexts: where the histories continue from; empty by default. Rotary positions count from its
@@ -135,25 +136,26 @@ def replay(
     observation, action, length = (
         x if isinstance(x, jax.Array) else np.asarray(x) for x in (observation, action, length)
     )
-    require(action.ndim == 2, f"action must have shape [B, T], got {action.shape}")
-    for name, value in {"action": action, "length": length}.items():
-        is_integer = jnp.issubdtype(value.dtype, np.integer)
-        require(is_integer, f"{name} must be integers, got {value.dtype}")
-    rows, steps = action.shape
+    axes = 2 + len(config.action_shape)
+    named = "[B, T, A]" if config.is_continuous else "[B, T]"
+    require(action.ndim == axes, f"action must have shape {named}, got {action.shape}")
+    rows, steps = action.shape[:2]
+    validate_actions("action", action, (rows, steps), config)
+    is_integer = jnp.issubdtype(length.dtype, np.integer)
+    require(is_integer, f"length must be integers, got {length.dtype}")
     expected = {
         "observation": (observation, (rows, steps, *config.observation_shape)),
         "length": (length, (rows,)),
     }
     for name, (value, shape) in expected.items():
         require(value.shape == shape, f"{name} must have shape {shape}, got {value.shape}")
-    validate_range("action", action, step.FIRST_STEP, config.num_actions - 1)
     validate_range("length", length, 0, steps)
     require(steps >= 1, "a history needs at least one step, got T = 0")
     contexts = init_contexts(config, rows) if contexts is None else contexts
     validate_contexts(contexts, config)
     given = contexts.timestep.shape[0]
     require(given == rows, f"contexts must have {rows} rows, got {given}")
-    history = observation.astype(jnp.float32), action.astype(jnp.int32), length.astype(jnp.int32)
+    history = observation.astype(jnp.float32), step.as_taken(action), length.astype(jnp.int32)
     contexts, policy, value = _replay(params, contexts, history, config=config)
     return contexts, policy, value
 
@@ -187,7 +189,8 @@ def _take_steps(
         return jax.tree.map(keep, moved, state), None
 
     steps = action.shape[1]
-    by_step = jnp.arange(steps, dtype=jnp.int32), jnp.moveaxis(observation, 1, 0), action.T
+    observed, acted = (jnp.moveaxis(x, 1, 0) for x in (observation, action))
+    by_step = jnp.arange(steps, dtype=jnp.int32), observed, acted
     step_of = functools.partial(advance, model, contexts, config=config)
     _, *outputs = jax.eval_shape(step_of, observation[:, 0], action[:, 0])
     policy, value = (jnp.zeros(x.shape, x.dtype) for x in outputs)

@@ -32,7 +32,7 @@ def rollout(
 
     Args:
       window: of the root, `kv` [C, L, 2, H, D]; its last token is the root's latent.
-      action: [K] int32.
+      action: [K] int32, or [K, A] float32 where actions are continuous.
       timestep: [] int32 of the root; read by rotary positions only.
       config: the model's configuration.
       checkpoint: keep no activations of a step and compute them again when gradients are taken.
@@ -48,7 +48,7 @@ def rollout(
     unizero.validate(params, config)
     require_type("window", window, Window, "kvjax.ops.window.init")
     require_shape("window.kv", window.kv, (config.context_length, *config.window.token_shape))
-    require_shape("action", action, ("K",))
+    require_shape("action", action, ("K", *config.action_shape))
     require_shape("timestep", timestep, ())
     model = unizero.fold(params, config=config)
 

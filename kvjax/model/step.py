@@ -8,9 +8,11 @@ actions, S support bins.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kvjax.base.arrays import ArrayLike
 from kvjax.base.compilation import computed_once
@@ -42,7 +44,7 @@ class Prediction:
     value: jax.Array
 
 
-def is_first(last_action: jax.Array) -> jax.Array:
+def is_first(last_action: ArrayLike) -> jax.Array:
     """Which rows start an episode: [B] bool.
 
     Args:
@@ -50,7 +52,14 @@ def is_first(last_action: jax.Array) -> jax.Array:
     """
     if jnp.issubdtype(last_action.dtype, jnp.floating):
         return jnp.all(jnp.isnan(last_action), axis=-1)
-    return last_action == FIRST_STEP
+    return jnp.equal(last_action, FIRST_STEP)
+
+
+def first_actions(rows: int, config: WorldModelConfig) -> np.ndarray[Any, Any]:
+    """Last actions of rows that all start an episode: [B] int32 of -1, or [B, A] float32 of NaN."""
+    if config.is_continuous:
+        return np.full((rows, *config.action_shape), np.nan, np.float32)
+    return np.full(rows, FIRST_STEP, np.int32)
 
 
 def as_taken(last_action: ArrayLike) -> ArrayLike:

@@ -113,11 +113,17 @@ def path_key(parent_key: jax.Array, action: jax.Array) -> jax.Array:
     """Key of the node that an action makes of a parent, whatever its latent: [K] like the parent's.
 
     Equal latents that were reached by different paths get different keys.
+
+    Args:
+      parent_key: [K] uint32.
+      action: [] integer, or [A] float32.
     """
     require_shape("parent_key", parent_key, ("K",))
-    require_shape("action", action, ())
+    is_vector = jnp.issubdtype(action.dtype, jnp.floating)
+    require_shape("action", action, ("A",) if is_vector else ())
     lanes = parent_key[:DIGEST_LANES]
-    digested = digest(jnp.append(lanes, action.astype(jnp.uint32)))
+    bits = canonical_bits(action) if is_vector else action.astype(jnp.uint32)
+    digested = digest(jnp.append(lanes, bits))
     rest = jnp.zeros_like(parent_key[KEY_LANES:])  # the path takes the latent's place
     return jnp.concatenate([digested, parent_key[DIGEST_LANES:KEY_LANES], rest])
 

@@ -110,11 +110,13 @@ def _install(environment: EnvironmentConfig) -> None:
 def _require_fits(env_id: str, env: Env, config: WorldModelConfig) -> None:
     observed, wanted = env.observation_space.shape, config.observation_shape
     require(observed == wanted, f"{env_id} observes {observed}, the model reads {wanted}")
-    count, actions = config.num_actions, getattr(env.action_space, "n", None)
-    require(
-        actions == count,
-        f"{env_id} takes {env.action_space}, the model has {count} discrete actions",
-    )
+    space = env.action_space
+    if config.is_continuous:
+        is_box = isinstance(space, spaces.Box) and space.is_bounded()
+        fits, kind = is_box and space.shape == config.action_shape, "numbers to an action"
+    else:
+        fits, kind = getattr(space, "n", None) == config.num_actions, "discrete actions"
+    require(fits, f"{env_id} takes {space}, the model has {config.num_actions} {kind}")
 
 
 def _framed(env: Env, environment: EnvironmentConfig, side: int) -> Env:

@@ -18,7 +18,7 @@ import numpy as np
 from kvjax.base.values import require
 from kvjax.config import EnvironmentConfig, SearchConfig, WorldModelConfig
 from kvjax.model.checkpoint import Checkpoint
-from kvjax.model.step import FIRST_STEP
+from kvjax.model.step import first_actions
 from kvjax.tools import environments, gif
 from kvjax.tools.routes import ROUTES, Step
 
@@ -66,21 +66,30 @@ class _Row:
     """One environment of the batch and the episode that it is in (None: nothing left to play)."""
 
     env: gymnasium.Env[Any, Any]
+    first: Array  # in place of an action before an episode: -1, or NaN
     episode: int | None = None
     observation: Array = dataclasses.field(default_factory=lambda: np.zeros(0))
-    last_action: int = FIRST_STEP
+    last_action: Array = dataclasses.field(default_factory=lambda: np.zeros(0))
     steps: int = 0
 
     def start(self, episode: int | None, seed: int) -> None:
-        self.episode, self.last_action, self.steps = episode, FIRST_STEP, 0
+        self.episode, self.last_action, self.steps = episode, self.first, 0
         if episode is not None:
             self.observation, _ = self.env.reset(seed=seed + episode)
 
-    def advance(self, action: int) -> tuple[float, bool]:
+    def advance(self, action: Array) -> tuple[float, bool]:
         """Acts; returns the reward and whether the episode ended."""
-        self.observation, reward, terminated, truncated, _ = self.env.step(action)
+        acted = _in_space(action, self.env.action_space)
+        self.observation, reward, terminated, truncated, _ = self.env.step(acted)
         self.last_action, self.steps = action, self.steps + 1
         return float(reward), terminated or truncated
+
+
+def _in_space(action: Array, space: gymnasium.Space[Any]) -> Any:
+    """An action as the environment takes it: numbers in -1 .. 1 fill a box, as in LightZero's."""
+    if not isinstance(space, gymnasium.spaces.Box):
+        return int(action)
+    return (space.low + (action + 1) / 2 * (space.high - space.low)).astype(space.dtype)
 
 
 def play(
@@ -192,7 +201,7 @@ class _Run:
         """Lets a route of its own search twice, a first step and a later one: seconds it took."""
         started = time.perf_counter()
         rng, observation = jax.random.key(0), self._observation()
-        action = search(rng, observation, np.full(len(self._rows), FIRST_STEP)).action
+        action = search(rng, observation, self._firsts()).action
         search(rng, observation, action)
         return time.perf_counter() - started
 
@@ -202,10 +211,10 @@ class _Run:
         last_action = np.array([row.last_action for row in self._rows])
         self._rng = jax.random.fold_in(self._rng, self.steps)
         if not keep_context:
-            last_action = np.full_like(last_action, FIRST_STEP)
+            last_action = self._firsts()
         actions = search(self._rng, self._observation(), last_action).action
         self.search_seconds += time.perf_counter() - started
-        for row, action in zip(self._rows, actions.tolist(), strict=True):
+        for row, action in zip(self._rows, actions, strict=True):
             if row.episode is None:
                 continue
             reward, ended = row.advance(action)
@@ -213,6 +222,9 @@ class _Run:
             self.steps += 1
             if ended:
                 row.start(self._next_episode(), self._seed)
+
+    def _firsts(self) -> Array:
+        return np.stack([row.first for row in self._rows])
 
     def _observation(self) -> Array:
         """What the agent sees of each row: [B, *observation_shape] float32."""
@@ -231,7 +243,9 @@ def _rows(
     rows: list[_Row] = []
     try:
         while len(rows) < count:
-            rows.append(_Row(environments.make(environment, config, render=render and not rows)))
+            (first,) = first_actions(1, config)
+            env = environments.make(environment, config, render=render and not rows)
+            rows.append(_Row(env, first))
         yield rows
     except gymnasium.error.Error as error:
         raise ValueError(f"{environment.env_id}: {error}") from error

@@ -3,7 +3,7 @@
 A route begins environments and gives their `Step`: what was observed goes in, an answer comes out,
 and each environment's context is remembered.
 
-Shapes: B environments, A actions.
+Shapes: B environments, A actions; where nodes draw their actions, A of them.
 """
 
 from collections.abc import Callable
@@ -18,11 +18,12 @@ from kvjax.config import SearchConfig, WorldModelConfig
 from kvjax.mcts.search import search
 from kvjax.mcts.subtree import Kept
 from kvjax.model.contexts import init_contexts
-from kvjax.model.step import FIRST_STEP
+from kvjax.model.step import is_first
 from kvjax.model.unizero import prepare
 from kvjax.model.world_model import Params
 from kvjax.tools.parity import reference_tree as trees
-from kvjax.tools.parity.host_search import host_search
+from kvjax.tools.parity import sampled_tree
+from kvjax.tools.parity.host_search import host_search, sampled_host_search
 
 Array = np.ndarray[Any, Any]
 
@@ -32,11 +33,14 @@ class Answer(NamedTuple):
 
     visits: Array  # [B, A] int
     root_value: Array  # [B]
-    action: Array  # [B] int, the most visited one, the first on ties
+    action: Array  # [B] int or [B, numbers], the most visited one, the first on ties
 
 
 Step = Callable[[jax.Array, Array, Array], Answer]
-"""Key, observations [B, observation_size], last actions [B] (-1 restarts a row) to the answer."""
+"""Key, observations [B, observation_size], last actions [B] (-1 restarts a row) to the answer.
+
+Continuous last actions are [B, numbers], and NaN restarts a row.
+"""
 
 Route = Callable[[Params, WorldModelConfig, SearchConfig, int], Step]
 """A model, how to search and the number of environments to the step of environments that begin."""
@@ -75,18 +79,28 @@ def _store(
 
     def step(rng: jax.Array, observation: Array, last_action: Array) -> Answer:
         nonlocal store, latent, timestep
-        del rng  # the host's tree draws nothing
-        starts = last_action == FIRST_STEP
+        starts = np.asarray(is_first(last_action))
         timestep = np.where(starts, 0, timestep + 1)
         for env_id in np.flatnonzero(starts):
             store = clear(store, env_id)
         arguments = store, latent, observation, last_action, timestep
-        store, latent, forest = host_search(model, *arguments, config=config, search=search_config)
-        visits = np.stack([trees.visit_counts(tree) for tree in forest])
-        values = np.array([trees.root_value(tree) for tree in forest])
-        return Answer(visits, values, visits.argmax(axis=1))
+        how: Any = {"config": config, "search": search_config}
+        if config.num_sampled_actions is None:
+            store, latent, forest = host_search(model, *arguments, **how)
+            visits, values = _said(forest)
+            return Answer(visits, values, visits.argmax(axis=1))
+        engine = np.random.default_rng(np.asarray(jax.random.key_data(rng)))
+        store, latent, drawn = sampled_host_search(engine, model, *arguments, **how)
+        actions = np.stack([sampled_tree.best(tree) for tree in drawn])
+        return Answer(*_said([tree.tree for tree in drawn]), actions)
 
     return step
+
+
+def _said(forest: list[trees.Tree]) -> tuple[Array, Array]:
+    """Visits [B, A] of the roots' actions, and values [B]."""
+    visits = np.stack([trees.visit_counts(tree) for tree in forest])
+    return visits, np.array([trees.root_value(tree) for tree in forest])
 
 
 ROUTES: dict[str, Route] = {"tree": _tree, "store": _store}

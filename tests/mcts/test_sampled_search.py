@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from conftest import SMALL, random_params
 
-from kvjax import SearchConfig, init_contexts, init_kept, search
+from kvjax import SearchConfig, init_contexts, init_kept, init_store, search, stats
 from kvjax.mcts import sampling
 from kvjax.tools.parity import reference_tree, sampled_tree
-from kvjax.tools.parity.nodes import Carried, network
+from kvjax.tools.parity.host_search import sampled_host_search
 
 CONTINUOUS = dataclasses.replace(
     SMALL, num_layers=1, num_actions=2, sigma_type="conditioned", num_sampled_actions=4
@@ -47,50 +47,31 @@ def drawn(name, seed=0):
     )
 
 
-def by_numpy(name, draws, last, contexts_steps):
-    """The same search by numpy's tree, the model asked for one node after the other."""
-    config = MODELS[name]
-    nodes = Carried(random_params(config), config, 2)
-    ask = network(nodes, config)
-    for time, (observation, action) in enumerate(contexts_steps):
-        latent = np.asarray(reference_latents(config, observation))
-        nodes.observe(None, action, latent, np.full(2, time))
-    forest = [sampled_tree.init(draws[b, 0], TEN) for b in range(2)]
-    for simulation in range(TEN.num_simulations):
-        chosen = [sampled_tree.select(tree) for tree in forest]
-        parent, action = (np.stack(x) for x in zip(*chosen, strict=True))
-        depth = np.array([len(tree.tree.path) for tree in forest])
-        reward, value, _ = ask(parent, action, depth)
-        for b, tree in enumerate(forest):
-            sampled_tree.expand(tree, reward[b], value[b], draws[b, simulation + 1])
-    return [tree.tree for tree in forest]
-
-
-def reference_latents(config, observation):
-    from kvjax.tools.parity.host_search import encode
-
-    return encode(random_params(config), observation, config=config)
-
-
 @pytest.mark.parametrize("name", MODELS)
-def test_given_draws_make_the_tree_that_numpy_makes(name):
-    """Two steps of an episode; the second action is the first search's."""
-    contexts, draws = None, drawn(name)
-    steps, last = [], FIRST[name]
-    for time in range(2):
+def test_the_tree_that_numpy_grows_in_front_of_a_store(name):
+    """Three steps of an episode, in the last of which a row begins anew; numpy draws for both."""
+    config, model = MODELS[name], random_params(MODELS[name])
+    store, latent, last = init_store(config, 2, 10), np.zeros((2, 16), np.float32), FIRST[name]
+    contexts, engine, timestep = None, np.random.default_rng(0), np.zeros(2, np.int32)
+    for time in range(3):
         observation = OBSERVATION + time
-        steps.append((observation, last))
+        args = engine, model, store, latent, observation, last, timestep
+        store, latent, forest = sampled_host_search(*args, config=config, search=TEN)
+        draws = np.stack([np.stack(tree.actions) for tree in forest])
+        draws = draws.astype(np.float32 if config.is_continuous else np.int32)
         contexts, out = searched(name, 0, contexts, observation, last, draws=draws)
-        expected = by_numpy(name, draws, last, steps)
-        for row, tree in enumerate(expected):
+        for row, sampled in enumerate(forest):
+            tree = sampled.tree
             np.testing.assert_array_equal(out.visit_counts[row], reference_tree.visit_counts(tree))
-            np.testing.assert_allclose(
-                out.root_value[row], reference_tree.root_value(tree), atol=2e-5
-            )
+            value = reference_tree.root_value(tree)
+            np.testing.assert_allclose(out.root_value[row], value, atol=2e-5)
+            np.testing.assert_array_equal(out.action[row], sampled_tree.best(sampled))
         np.testing.assert_array_equal(out.sampled_actions, draws[:, 0])
-        best = np.asarray(out.visit_counts).argmax(axis=1)
-        np.testing.assert_array_equal(out.action, draws[np.arange(2), 0, best])
-        last = np.asarray(out.action)
+        last, timestep = np.array(out.action), timestep + 1
+        if time == 1:
+            last[1], timestep[1] = FIRST[name][1], 0
+    assert stats(store)["misses"] == 0
+    assert contexts.window.length.tolist() == [5, 1]
     assert np.unique(np.asarray(out.visit_counts)).size > 1
 
 
@@ -148,15 +129,13 @@ def test_the_law_of_gaussian_draws():
 def test_the_law_of_draws_without_replacement():
     """How often each of four actions is among two: by the sum over which came first."""
     p = np.array([0.5, 0.3, 0.15, 0.05])
-    first_or_second = [
-        p[i] + sum(p[j] * p[i] / (1 - p[j]) for j in range(4) if j != i) for i in range(4)
-    ]
+    second = [sum(p[j] * p[i] / (1 - p[j]) for j in range(4) if j != i) for i in range(4)]
     config = dataclasses.replace(SMALL, num_actions=4, num_sampled_actions=2)
     policy = jnp.broadcast_to(jnp.log(p) + 3.0, (20_000, 4))
     actions = np.asarray(sampling.draw(jax.random.key(0), policy, config))
     assert (actions[:, 0] != actions[:, 1]).all()
     shares = [(actions == i).any(axis=1).mean() for i in range(4)]
-    np.testing.assert_allclose(shares, first_or_second, atol=0.012)
+    np.testing.assert_allclose(shares, p + second, atol=0.012)
     np.testing.assert_allclose((actions[:, 0] == 0).mean(), 0.5, atol=0.012)
 
 

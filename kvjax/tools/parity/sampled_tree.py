@@ -17,14 +17,14 @@ Shapes: A actions or numbers of an action, P numbers of a policy (2A of a Gaussi
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from kvjax.config import SearchConfig, WorldModelConfig
 from kvjax.tools.parity import reference_tree as trees
-from kvjax.tools.parity.reference_tree import Choice, first_best
+from kvjax.tools.parity.reference_tree import Choice, Network, first_best
 
 Array = np.ndarray[Any, Any]
 
@@ -65,6 +65,22 @@ def select(sampled: SampledTree, choose: Choice = first_best) -> tuple[int, Any]
     """Walks down from the root to an edge without a node: its parent and its action."""
     parent, place = trees.select(sampled.tree, choose)
     return parent, sampled.actions[parent][place]
+
+
+def grow(forest: Sequence[SampledTree], network: Network, draw_from: Draw) -> None:
+    """Searches trees side by side, as `reference_tree.grow` does; policies are drawn from."""
+    for _ in range(forest[0].tree.config.num_simulations):
+        parent, action = (np.stack(x) for x in zip(*map(select, forest), strict=True))
+        depth = np.array([len(sampled.tree.path) for sampled in forest])
+        for sampled, *answer in zip(forest, *network(parent, action, depth), strict=True):
+            reward, value, policy = answer
+            expand(sampled, reward, value, draw_from(policy))
+
+
+def best(sampled: SampledTree) -> Array:
+    """The root's most visited action, the first on ties."""
+    action: Array = sampled.actions[trees.ROOT][trees.visit_counts(sampled.tree).argmax()]
+    return action
 
 
 def expand(sampled: SampledTree, reward: float, value: float, actions: Array) -> None:
