@@ -1,5 +1,6 @@
 """Models of LightZero's Sampled UniZero 0.2.0: read, and beside the real ones at random weights."""
 
+import copy
 import dataclasses
 import functools
 
@@ -139,3 +140,22 @@ def test_a_discrete_model_has_no_deviations(data):
     path = data / "cartpole_masked_lightzero_0.2.0.pth.tar"
     with pytest.raises(ValueError, match="sigma_type='fixed', but the tensors say None"):
         lightzero.load(path, num_heads=2, context_length=8, sigma_type="fixed")
+
+
+def test_an_attached_model_answers_as_before():
+    """Caches by kvjax, LightZero's own beside them on every call; the last outputs compared too."""
+    model = model_of("conditioned")
+    lightzero_020.clear(model)
+    plain = [(root.value, child.policy_logits, child.reward) for *_, root, child in steps_of(model)]
+    attached = copy.deepcopy(model)
+    lightzero_020.clear(attached)
+    handle = lightzero.attach(attached.world_model, shadow=True)
+    came = [
+        (root.value, child.policy_logits, child.reward) for *_, root, child in steps_of(attached)
+    ]
+    told = handle.stats()
+    handle.detach()
+    assert told["root_hits"] == 3 * 6
+    for ones, others in zip(came, plain, strict=True):
+        for one, other in zip(ones, others, strict=True):
+            np.testing.assert_allclose(one, other, atol=1e-5)
