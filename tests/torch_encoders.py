@@ -3,6 +3,8 @@
 Each is (module, shape of an observation); its weights are random, its statistics are of images.
 """
 
+import functools
+
 import torch
 from torch.nn import functional
 
@@ -30,6 +32,19 @@ class _Ends(torch.nn.Module):
         return self.final_norm(self.last_linear(x.flatten(1)))
 
 
+def _seeded(make):
+    """The same arguments make the same weights, whatever was drawn before."""
+
+    @functools.wraps(make)
+    def made(*args, **options):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(3)
+            return make(*args, **options)
+
+    return made
+
+
+@_seeded
 def resnet(side=64, norm="LN", blocks=1, channels=8, planes=3, final="simnorm"):
     shape = (planes, side, side)
     network = _common().RepresentationNetworkUniZero
@@ -40,11 +55,13 @@ def resnet(side=64, norm="LN", blocks=1, channels=8, planes=3, final="simnorm"):
     return _randomised(ended, shape), shape
 
 
+@_seeded
 def memory(channels=64, planes=3):
     widths, shape = (channels // 4, channels // 2, channels), (planes, 5, 5)
     return _randomised(_common().LatentEncoderForMemoryEnv(shape, EMBED, widths), shape), shape
 
 
+@_seeded
 def vector(norm="LN", size=7):
     network = _common().RepresentationNetworkMLP
     return _randomised(network(size, EMBED, norm_type=norm), (size,)), (size,)
@@ -94,13 +111,21 @@ class Vit(torch.nn.Module):
         return self.final_norm(self.last_linear(self.transformer.norm(x)[:, 0]))
 
 
+@_seeded
 def vit(side=16, width=24, depth=2, heads=2, hidden=40, planes=3, final="layernorm"):
     shape = (planes, side, side)
     return _randomised(Vit(side, width, depth, heads, hidden, planes, final), shape), shape
 
 
 def observations(shape, rows, seed=1):
-    return torch.rand((rows, *shape), generator=torch.Generator().manual_seed(seed))
+    """Noise, brighter in half of an image; means of nothing but noise would all be alike."""
+    random = torch.Generator().manual_seed(seed)
+    observed = torch.rand((rows, *shape), generator=random)
+    for index, row in enumerate(observed):
+        half = row.shape[-1] // 2
+        row[..., :half] += 3 * (index % 2)
+        row[..., half:] += 3 * (1 - index % 2)
+    return observed
 
 
 def _randomised(module, shape):

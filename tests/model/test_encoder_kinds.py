@@ -1,5 +1,6 @@
 """Every kind of encoder that LightZero has: parity with torch, and what its tensors tell."""
 
+import copy
 import dataclasses
 import functools
 import os
@@ -10,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import DATA
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 
 from kvjax import lightzero
@@ -25,14 +26,14 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("lzero")
 import torch_encoders  # noqa: E402
 
-EXAMPLES = 50 if os.environ.get("KVJAX_FULL") else 1
+EXAMPLES = 25 if os.environ.get("KVJAX_FULL") else 1
 FILES = {
     "0.2.0": "cartpole_masked_lightzero_0.2.0.pth.tar",
     "main": "cartpole_masked_rope_lightzero_main.pth.tar",
 }
 OPTIONS = {"num_heads": 2, "context_length": 8}
 ENCODER = "representation_network."
-ATOL = 1e-5
+ATOL, SEEN = 1e-5, 0.01
 
 
 @functools.cache
@@ -54,14 +55,31 @@ def encode(config, params, observation):
     return jax.vmap(lambda x: flax_model.encode(params, x, config=config))(observation)
 
 
-def check(module, shape, config, params):
+def difference(module, shape):
+    """How far latents of two observations are apart: a comparison of equal ones says nothing."""
+    with torch.no_grad():
+        first, second = module(torch_encoders.observations(shape, 2)).numpy()
+    return np.abs(first - second).max()
+
+
+def rounding(module, shape):
+    """How far torch's own float32 is from its float64: what a badly conditioned network costs."""
+    if hasattr(module, "cnn"):  # MemoryEnv's casts to float32 itself
+        return 0.0
+    observed = torch_encoders.observations(shape, 2)
+    with torch.no_grad():
+        exact = copy.deepcopy(module).double()(observed.double())
+        return (module(observed) - exact).abs().max().item()
+
+
+def check(module, shape, config, params, atol=ATOL):
     """Compares latents of an encoder with torch's."""
     assert config.observation_shape == shape
+    assert difference(module, shape) > SEEN
     observed = torch_encoders.observations(shape, 2)
     with torch.no_grad():
         expected = module(observed).numpy()
-    assert np.abs(expected[0] - expected[1]).max() > 0.01  # the observations make a difference
-    np.testing.assert_allclose(encode(config, params, observed.numpy()), expected, atol=ATOL)
+    np.testing.assert_allclose(encode(config, params, observed.numpy()), expected, atol=atol)
 
 
 KINDS = {
@@ -139,7 +157,7 @@ RESNETS = st.builds(
 VITS = st.builds(
     torch_encoders.vit,
     side=st.integers(1, 4).map(lambda patches: 8 * patches),
-    width=st.integers(3, 40),
+    width=st.integers(8, 40),
     depth=st.integers(1, 3),
     heads=st.integers(1, 3),
     hidden=st.integers(1, 50),
@@ -161,6 +179,7 @@ MEMORIES = st.builds(
 @given(drawn=st.one_of(RESNETS, VITS, MEMORIES))
 def test_encoders_of_drawn_sizes(drawn):
     module, shape = drawn
+    assume(difference(module, shape) > SEEN)  # few channels of random weights may be blind
     layout = "main" if isinstance(module, torch_encoders.Vit) else "0.2.0"
     config, params = lightzero.load(with_encoder(module, layout), **OPTIONS)
     if config.image_shape != shape:  # BatchNorm's tensors are equal for 84 and 96
@@ -168,7 +187,7 @@ def test_encoders_of_drawn_sizes(drawn):
         assert (shape[1], config.image_shape[1]) == (84, 96)
         config = dataclasses.replace(config, image_shape=shape)
     validate_model(params, config)
-    check(module, shape, config, params)
+    check(module, shape, config, params, ATOL + 4 * rounding(module, shape))
 
 
 @pytest.mark.parametrize("kind", ["layernorm", "memory", "vit"])

@@ -13,7 +13,6 @@ from kvjax.config import (
     POOLED_SIDES,
     VIT_HEAD,
     VIT_PATCH,
-    EncoderKind,
     Layout,
     WorldModelConfig,
 )
@@ -165,7 +164,7 @@ def _resnet_fields(shapes: Shapes) -> dict[str, Any]:
         "image_shape": (planes, side, side),
         "image_channels": 2 * half,
         "image_blocks": _count(shapes, r"resblocks\.(\d+)\."),
-        "image_encoder": _kind("resnet"),
+        "image_encoder": "resnet",
         "encoder_norm": _final(_FINAL_NORM in shapes),
         "encoder_hidden_norm": _hidden(not is_layer_norm),
     }
@@ -195,7 +194,7 @@ def _memory_fields(shapes: Shapes) -> dict[str, Any]:
     return {
         "image_shape": (_shape(shapes, _MEMORY, 4)[1], MEMORY_SIDE, MEMORY_SIDE),
         "image_channels": _shape(shapes, _MEMORY_LAST, 4)[0],
-        "image_encoder": _kind("memory"),
+        "image_encoder": "memory",
         "encoder_norm": _final(False),
     }
 
@@ -210,13 +209,9 @@ def _vit_fields(shapes: Shapes) -> dict[str, Any]:
         "image_blocks": _count(shapes, r"transformer\.layers\.(\d+)\."),
         "image_heads": _shape(shapes, _QKV, 2)[0] // (3 * VIT_HEAD),
         "image_hidden": _shape(shapes, _EXPAND, 2)[0],
-        "image_encoder": _kind("vit"),
+        "image_encoder": "vit",
         "encoder_norm": _final(_FINAL_NORM in shapes),
     }
-
-
-def _kind(kind: EncoderKind) -> EncoderKind:
-    return kind
 
 
 def _final(has_weight: bool) -> str:
