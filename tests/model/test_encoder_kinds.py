@@ -317,14 +317,6 @@ def test_convert_leaves_an_encoder_out(tmp_path, capsys):
             ],
             "mixture of experts",
         ),
-        (
-            [
-                "representation_network.0.downsample_net.conv1.weight",
-                "head_value_multi_task.0.head",
-            ],
-            "multi-task models",
-        ),
-        (["act_embedding_table.0.0.weight", "head_policy_multi_task.0.fc"], "multi-task models"),
         (["representation_network.0.last_linear.weight"], "a list of encoders"),
         (
             ["representation_network.transformer.layers.0.0.to_qkv.lora_A.0"],

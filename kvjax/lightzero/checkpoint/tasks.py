@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from kvjax.base.values import is_integer, require
+from kvjax.base.values import is_integer, listed, require
 from kvjax.config import BLOCK, WorldModelConfig
 from kvjax.lightzero.checkpoint.tensors import HEADS, Sorted, Tensors
 from kvjax.model.world_model import check_parameter
@@ -72,6 +72,9 @@ def select(state: Any, task: Any, told: int | None = None) -> Selected:
     heads, encoders = _indices(_HEAD, names), _indices(_ENCODER, names)
     if not heads:
         require(task is None, f"{TASK} is for multi-task models, this model has one task")
+        found = [name for name in names if name.endswith(_EMBEDDINGS)]
+        told_of = "unsupported variant: multi-task models without heads of tasks"
+        require(not found, f"{told_of} (tensor {listed(found)})")
         return Selected(state)
     rows = [_length(state[name]) for name in names if name.endswith(_EMBEDDINGS)]
     counts = (told or 0, *rows, *(n + 1 for n in heads | encoders))

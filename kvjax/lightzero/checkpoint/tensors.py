@@ -49,7 +49,7 @@ _ACTIONS, _VECTOR_ACTIONS = "act_embedding_table.weight", "act_embedding_table.0
 _SIGMA_LAYER, _SIGMAS = f"{_POLICY}log_sigma_layer.weight", f"{_POLICY}log_sigma_param"
 
 _UNSUPPORTED = {
-    r".*task_emb|head_\w+_multi_task\.": "multi-task models",
+    r"(?!task_emb\.weight$).*task_emb": "multi-task models",
     r"transformer\.blocks\.\d+\.gate[12]\.": "GRU gating",
     r"transformer\.blocks\.\d+\.(experts|feed_forward\.(experts|gate))\.": "mixture of experts",
     r".*\.lora_": "LoRA adapters",
