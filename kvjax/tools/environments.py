@@ -174,7 +174,7 @@ def _warp(frame: Array, *, side: int, gray: bool) -> Array:
     cv2 = importlib.import_module("cv2")
     seen = cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) if gray else frame
     seen = cv2.resize(seen, (side, side), interpolation=cv2.INTER_AREA)
-    return np.moveaxis(np.atleast_3d(seen), -1, 0).astype(np.float32) / _BRIGHTEST
+    return np.moveaxis(np.atleast_3d(seen), -1, 0).astype(np.float32, order="C") / _BRIGHTEST
 
 
 def _stacked(env: Env, frames: FramesConfig, side: int) -> Env:

@@ -216,5 +216,5 @@ TWICE, THRICE = (2.0,) * 5, (3.0,) * 5
 )
 def test_a_scale_belongs_to_its_environment(env, scale, expected):
     agent = Checkpoint(SMALL, PARAMS, EnvironmentConfig("Stored-v0", TWICE))
-    args = argparse.Namespace(env=env, observation_scale=scale)
+    args = argparse.Namespace(env=env, observation_scale=scale, frames=None)
     assert options.environment_of(args, agent) == expected
