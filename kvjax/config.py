@@ -611,9 +611,11 @@ class EnvironmentConfig:
             scale is None or len(scale) == size,
             f"observation_scale needs {size} factors, got {scale}",
         )
+        if frames is None:
+            return
         shape = config.image_shape
         require(
-            frames is None or (shape is not None and frames.channels == shape[0]),
-            f"the model reads {config.observation_shape}, {frames} has"
-            f" {frames and frames.channels} channels",
+            shape is not None and frames.channels == shape[0],
+            f"frames have {frames.channels} channels (gray_scale {frames.gray_scale}, frame_stack"
+            f" {frames.frame_stack}), the model reads {config.observation_shape}",
         )

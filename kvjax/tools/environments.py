@@ -104,7 +104,14 @@ def _install(environment: EnvironmentConfig) -> None:
         needs = f"it needs {' and '.join(missing)}: pip install 'kvjax[{family.extra}]'"
         require(not missing, needs)
         if family.registers is not None:
-            importlib.import_module(family.registers)
+            _register(family.registers)
+
+
+def _register(package: str) -> None:
+    """Imports a package, which makes its environments known; ALE greets nobody then."""
+    module = importlib.import_module(package)
+    if (ale := getattr(module, "ALEInterface", None)) is not None:
+        ale.setLoggerMode(module.LoggerMode.Error)
 
 
 def _require_fits(env_id: str, env: Env, config: WorldModelConfig) -> None:
@@ -192,7 +199,8 @@ class _EpisodicLife(gymnasium.Wrapper[Any, Any, Any, Any]):
     """Ends an episode with a life; the next one goes on with the game, a no-op later.
 
     Its seed has no effect then. No life left is no end by itself: the game says when it is over.
-    Source: `EpisodicLifeWrapper` of DI-engine's `ding/envs/env_wrappers`.
+    Source: `EpisodicLifeWrapper` of DI-engine's `ding/envs/env_wrappers`. LightZero's collector,
+    which alone uses it, seeds the emulator before each reset, whereupon the game begins anew.
     """
 
     def __init__(self, env: Env) -> None:

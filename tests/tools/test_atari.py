@@ -94,6 +94,11 @@ def test_frames_rewards_and_ends_are_lightzeros(name, side, actions, frames):
     ours.close()
 
 
+def test_ale_says_nothing(capfd):
+    game("Pong", 64, FramesConfig(), ACTIONS).close()
+    assert capfd.readouterr() == ("", "")
+
+
 def test_a_seed_is_an_episode_and_its_number_of_noops():
     env = game("Pong", 64, FramesConfig(), ACTIONS)
     begins = [(env.reset(seed=seed)[0], noops_of(env)) for seed in (0, 1, 2, 3, 0)]

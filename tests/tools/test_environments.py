@@ -107,8 +107,12 @@ def test_skipped_frames_are_pooled_and_rewards_added_and_clipped():
 @pytest.mark.parametrize(
     ("environment", "config", "problem"),
     [
-        (CAMERA, images(4), r"the model reads \(4, 64, 64\), FramesConfig.* has 3 channels"),
-        (CAMERA, dataclasses.replace(SMALL), r"the model reads \(5,\), FramesConfig"),
+        (
+            CAMERA,
+            images(4),
+            r"frames have 3 channels \(gray_scale False, frame_stack 1\), the model reads \(4, 64",
+        ),
+        (CAMERA, SMALL, r"frames have 3 channels .*, the model reads \(5,\)"),
         (
             EnvironmentConfig("CartPole-v1", frames=PLAIN),
             images(3),
@@ -232,5 +236,5 @@ def test_what_is_said_of_frames_changes_what_is_stored():
 def test_frames_need_an_environment_of_images():
     with pytest.raises(ValueError, match="--frames needs --env"):
         environment_of(None, frames={"frame_skip": 2})
-    with pytest.raises(ValueError, match=r"the model reads \(5,\), FramesConfig\(frame_skip=2"):
+    with pytest.raises(ValueError, match=r"frames have 3 channels .*, the model reads \(5,\)"):
         environment_of(EnvironmentConfig("CartPole-v1"), frames={"frame_skip": 2}, channels=0)
