@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ import kvjax
 from kvjax import SearchConfig, WorldModelConfig
 from kvjax.config import WINDOW_MODES
 from kvjax.mcts import puct
-from kvjax.mcts.search import _search
+from kvjax.mcts.search import _search, compiled
 
 TINY = WorldModelConfig(
     embed_dim=8,
@@ -89,12 +90,12 @@ MIXING = kvjax.TreeModel(block=1, size=3, step=mixing_step)
 MIX = SearchConfig(num_simulations=3, tree="muzero", noise_fraction=0.5, kept_nodes=2)
 
 
-def mix(weights, rng, observation, *, search=MIX, **more):
+def mix(weights, rng, observation, model=MIXING, *, search=MIX, **more):
     """A search for another model than UniZero, from roots of two tokens."""
     tokens = jnp.stack([observation[:, :1] * weights[:1]] * 3, axis=1)
     count = (0 * observation[:, 0]).astype(jnp.int32)
     root = kvjax.Root(tokens, count + 2, tokens[:, 0], tokens[:, 0, 0], state=count)
-    return kvjax.tree_search(weights, rng, root, MIXING, search=search, **more)
+    return kvjax.tree_search(weights, rng, root, model, search=search, **more)
 
 
 WEIGHTS = jnp.asarray(np.random.default_rng(2).normal(size=(3, 3)), jnp.float32)
@@ -228,55 +229,105 @@ def test_vmap_of_stores():
 
 IN_FOUR = """
 import os
-os.environ.setdefault("XLA_FLAGS", "")
-os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=4"
+os.environ["JAX_NUM_CPU_DEVICES"] = "4"
 import test_composition
 test_composition.over_four_devices()
 """
+BY_ROW, WHOLE = jax.sharding.PartitionSpec("d"), jax.sharding.PartitionSpec()
+MOVES = re.compile(r"(?:all-\w+|reduce-scatter|collective-\w+)(?:-start)?\(")
+NOISY = dataclasses.replace(KEEPS, noise_fraction=0.5, temperature=1.0)
+MIX_NOISY = dataclasses.replace(MIX, temperature=1.0)
+GUMBEL = SearchConfig(num_simulations=3, tree="gumbel")
+
+
+def drawing_step(weights, rng, node, action):
+    """One that reads its key."""
+    tokens, state, came = mixing_step(weights, rng, node, action)
+    return tokens, state, dataclasses.replace(came, value=jax.random.normal(rng, action.shape))
+
+
+DRAWING = dataclasses.replace(MIXING, step=drawing_step)
+
+
+def noisy_answers(params, contexts, observation, action, as_searched=lambda x: x):
+    key = jax.random.key(3)
+    return (
+        search(params, key, contexts, *map(as_searched, (observation, action)), search=NOISY),
+        replay(params, contexts, observation, action),
+        mix(WEIGHTS, key, observation, search=MIX_NOISY, return_tree=True),
+        mix(0 * WEIGHTS, key, observation, search=MIX_NOISY, return_tree=True),  # ties
+        mix(0 * WEIGHTS, key, observation, search=dataclasses.replace(GUMBEL, noise_fraction=1.0)),
+        mix(WEIGHTS, key, observation, DRAWING, search=dataclasses.replace(THREE, max_depth=2)),
+    )
+
+
+def quiet_answers(params, contexts, observation, action):
+    (after, out), replayed = (
+        search(params, jax.random.key(0), contexts, observation, action, search=KEEPS),
+        replay(params, contexts, observation, action),
+    )
+    quiet = (SearchConfig(num_simulations=3, tree="muzero"), GUMBEL)
+    mixed = [mix(WEIGHTS, jax.random.key(0), observation, search=one) for one in quiet]
+    return after, dataclasses.replace(out, kept=None), mixed, replayed
 
 
 def over_four_devices():
-    """A row for each of four devices: the same answers as on one."""
-    by_row, whole = jax.sharding.PartitionSpec("d"), jax.sharding.PartitionSpec()
-    contexts, *seen = rows()
+    """Rows on each of four devices: the same answers as on one."""
+    noisy = noisy_answers(PARAMS, *rows(2 * ROWS))
+    explicit, automatic = (
+        jax.make_mesh((4,), ("d",), axis_types=(kind,))
+        for kind in (jax.sharding.AxisType.Explicit, jax.sharding.AxisType.Auto)
+    )
+    on_a_mesh(explicit, noisy, np.asarray)
+    on_a_mesh(automatic, noisy, lambda x: x)
+    in_shard_map(automatic)
+
+
+def on_a_mesh(mesh, wanted, as_searched):
+    """Whole batches: the same numbers are drawn, and nothing moves between devices."""
+    contexts = kvjax.init_contexts(TINY, 2 * ROWS, mesh=mesh)
+    with pytest.raises(TypeError, match="mesh must be of type Mesh, got tuple"):
+        kvjax.init_contexts(TINY, 8, mesh=("d",))
+    with pytest.raises(ValueError, match="multiple of the mesh's 4 devices, got 6"):
+        kvjax.init_contexts(TINY, 6, mesh=mesh)
+    seen = rows(2 * ROWS)[1:]
+    placed = contexts, *jax.device_put(seen, jax.sharding.NamedSharding(mesh, BY_ROW))
+    params = jax.device_put(PARAMS, jax.sharding.NamedSharding(mesh, WHOLE))
+    found = noisy_answers(params, *placed, as_searched)
+    close(found, wanted)
+    assert contexts.timestep.sharding.spec == BY_ROW
+    (after, out), (replayed, *_), mixed, *_ = found
+    for window in (
+        after.window,
+        replayed.window,
+        kvjax.on_params_update(after, params, config=TINY).window,
+    ):
+        assert window.kv.sharding.spec[0] == window.length.sharding.spec[0] == "d"
+    assert out.kept.tree.edges.sharding.spec[:2] == (None, "d")
+    assert mixed.tree.tables.sharding.spec[:2] == (None, "d")
+    seen = map(as_searched, placed[1:])
+    program = compiled(params, jax.random.key(3), contexts, *seen, config=TINY, search=NOISY)
+    assert "while" in program.as_text()
+    assert not MOVES.findall(program.as_text())
+
+
+def in_shard_map(mesh):
+    """A row for each device, by a program of one's own, and a store."""
+    given = rows()
     store = kvjax.init_store(TINY, 1, 1, root_slots=2)
     stores = jax.tree.map(lambda x: jnp.stack([x] * ROWS), store)
-
-    def without_kept(out):
-        return dataclasses.replace(out, kept=None)
-
-    def answers(params, contexts, observation, action):
-        planned = search(params, jax.random.key(0), contexts, observation, action, search=KEEPS)
-        replayed = replay(params, contexts, observation, action)
-        quiet = (SearchConfig(num_simulations=3, tree=tree) for tree in ("muzero", "gumbel"))
-        mixed = [mix(WEIGHTS, jax.random.key(0), observation, search=one) for one in quiet]
-        return planned[0], without_kept(planned[1]), mixed, replayed
 
     def of_a_device(params, stores, *given):
         own = jax.tree.map(lambda x: x[0], stores)
         inferred = infer(params, own, latents(1), given[2])
-        return answers(params, *given), rollout(params, given[0]), inferred[1:]
+        return quiet_answers(params, *given), rollout(params, given[0]), inferred[1:]
 
-    given = contexts, *seen
-    wanted = answers(PARAMS, *given)
-    alone = mix(WEIGHTS, jax.random.key(0), seen[0], return_tree=True).tree
-    spec = whole, by_row, by_row, by_row, by_row
-    for axis_type in jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit:
-        mesh = jax.make_mesh((4,), ("d",), axis_types=(axis_type,))
-        placed = jax.device_put(given, jax.sharding.NamedSharding(mesh, by_row))
-        params = jax.device_put(PARAMS, jax.sharding.NamedSharding(mesh, whole))
-        found = answers(params, *placed)
-        close(found, wanted)
-        assert found[0].timestep.sharding.spec == by_row
-        tree = mix(WEIGHTS, jax.random.key(0), placed[1], return_tree=True).tree
-        close(tree, alone)
-        assert tree.tables.sharding.spec[:2] == (None, "d")
-        if axis_type == jax.sharding.AxisType.Auto:
-            mapped = jax.shard_map(of_a_device, mesh=mesh, in_specs=spec, out_specs=by_row)
-            found, imagined, inferred = jax.jit(mapped)(params, stores, *placed)
-            close(found, wanted)
-            close(imagined, rollout(PARAMS, contexts))
-            assert inferred[1].hit.all()
+    spec = WHOLE, BY_ROW, BY_ROW, BY_ROW, BY_ROW
+    mapped = jax.shard_map(of_a_device, mesh=mesh, in_specs=spec, out_specs=BY_ROW)
+    found, imagined, inferred = quick(mapped)(PARAMS, stores, *given)
+    close(found, quick(quiet_answers)(PARAMS, *given))
+    close(imagined, rollout(PARAMS, given[0]))
+    assert inferred[1].hit.all()
 
 
 def test_over_devices():

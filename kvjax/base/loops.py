@@ -33,7 +33,7 @@ def cond(
     which: Any, if_true: Callable[..., Any], if_false: Callable[..., Any], *operands: Any
 ) -> Any:
     """As `jax.lax.cond`."""
-    if not _in_shard_map():
+    if not _keeps_account():
         return jax.lax.cond(which, if_true, if_false, *operands)
     shapes = [jax.eval_shape(branch, *operands) for branch in (if_true, if_false)]
     branches = [
@@ -50,7 +50,7 @@ def varies(values: Any) -> bool:
 
 def _settled(body: Callable[[Any], Any], start: Any) -> Any:
     """A loop's start, declared to differ between devices wherever the body's result does."""
-    if not _in_shard_map():
+    if not _keeps_account():
         return start
     while True:
         varying = _varying(start, jax.eval_shape(body, start))
@@ -59,8 +59,10 @@ def _settled(body: Callable[[Any], Any], start: Any) -> Any:
         start = varying
 
 
-def _in_shard_map() -> bool:
-    return bool(jax.sharding.get_abstract_mesh().manual_axes)
+def _keeps_account() -> bool:
+    """Whether JAX does so here: not outside of `shard_map`, and not with `check_vma=False`."""
+    axes = jax.sharding.get_abstract_mesh().manual_axes
+    return any(_varies(jax.lax.axis_index(axis)) for axis in axes)
 
 
 def _varying(values: Any, like: Any) -> Any:

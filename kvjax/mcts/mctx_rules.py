@@ -18,6 +18,7 @@ import mctx
 import numpy as np
 
 from kvjax.base import loops
+from kvjax.base.meshes import ALL, Share
 from kvjax.config import SearchConfig
 from kvjax.mcts import tree as trees
 from kvjax.mcts.tree import CHILD, PRIOR, RAW, VALUE, VISITS, Q, Tree
@@ -45,6 +46,7 @@ class Rules:
       gumbel: [B, A], the roots' noise of "gumbel".
       masked: whether nodes below the roots have illegal actions.
       chance: whether nodes at odd levels are chance nodes.
+      share: which rows of a batch these are.
     """
 
     config: SearchConfig
@@ -54,6 +56,7 @@ class Rules:
     fields: int = RAW + 1
     masked: bool = False
     chance: bool = False
+    share: Share = ALL
 
     @property
     def running_mean(self) -> bool:
@@ -69,7 +72,8 @@ class Rules:
 
     def begin(self, tree: Tree, rng: jax.Array) -> Known:
         """Of the roots."""
-        keys = jax.random.split(rng, self.value.shape[0])
+        split = functools.partial(jax.random.split, rng)
+        keys = self.share.drawn(split, self.value.shape[0])
         return tree.root_visits, tree.root_value_sum, self.value, keys
 
     def choose(

@@ -1,11 +1,12 @@
 """What becomes of contexts when the weights change: nothing stale is ever read."""
 
 import functools
-from typing import overload
+from typing import Any, overload
 
 import jax
 
 from kvjax import store as stores
+from kvjax.base import meshes
 from kvjax.base.values import describe
 from kvjax.config import WorldModelConfig
 from kvjax.mcts.checks import validate_store
@@ -55,12 +56,28 @@ def on_params_update(
     if not isinstance(state, Contexts):
         raise TypeError(f"state must be Contexts or a Store, got {describe(state)}")
     validate_contexts(state, config)
-    contexts: Contexts = _renew(params, state, config=config)
+    rows = meshes.rows_of(state.timestep)
+    contexts: Contexts = _renew(params, state, config=config, rows=rows)
     return contexts
 
 
-@functools.partial(jax.jit, static_argnames=("config",))
-def _renew(params: Params | UniZero, contexts: Contexts, *, config: WorldModelConfig) -> Contexts:
+@functools.partial(jax.jit, static_argnames=("config", "rows"))
+def _renew(
+    params: Params | UniZero, contexts: Contexts, *, config: WorldModelConfig, rows: Any
+) -> Contexts:
+    by_row = meshes.spec(meshes.axes_of(rows, contexts.timestep))
+    renew = functools.partial(_renewed, config=config)
+    how, arguments = (meshes.spec(), by_row), (params, contexts)
+    renewed: Contexts = meshes.run(renew, arguments, rows, how, by_row)
+    return renewed
+
+
+def _renewed(
+    params: Params | UniZero,
+    contexts: Contexts,
+    *,
+    config: WorldModelConfig,
+) -> Contexts:
     if config.mode.keeps_raw:
         model = unizero.fold(params, config=config)
         window = modes.rebuild(model, contexts.window, config=config)

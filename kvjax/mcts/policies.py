@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax.base import loops
+from kvjax.base.meshes import ALL, Share
 from kvjax.config import SearchConfig
 from kvjax.mcts import mctx_rules, puct
 from kvjax.mcts import tree as trees
@@ -42,6 +43,7 @@ class Beginning:
       fields: F of an edge.
       masked: whether nodes below the roots have illegal actions.
       chance: whether nodes at odd levels are chance nodes.
+      share: which rows of a batch these are.
     """
 
     policy: jax.Array
@@ -50,6 +52,7 @@ class Beginning:
     fields: int
     masked: bool = False
     chance: bool = False
+    share: Share = ALL
 
     @property
     def all_legal(self) -> jax.Array:
@@ -81,14 +84,14 @@ def _lightzero(
 ) -> tuple[SearchOutput, Grown]:
     noise_rng, action_rng, model_rng = jax.random.split(rng, 3)
     legal, prior = root.all_legal, puct.softmax(root.policy, root.all_legal)
-    noisy = with_noise(noise_rng, prior, legal, search)
+    noisy = with_noise(noise_rng, prior, legal, search, root.share)
     rules = puct.Rules(search, root.fields, root.chance)
     grown = grow(rules, trees.init(noisy, search, root.fields), model_rng)
     tree = grown[0]
     visit_counts = trees.visit_counts(tree)
     value = trees.root_value(tree)
     output = SearchOutput(
-        action=choose(action_rng, visit_counts, legal, dials.temperature),
+        action=choose(action_rng, visit_counts, legal, dials.temperature, root.share),
         visit_counts=visit_counts,
         root_value=value,
         q_values=trees.q_values(tree),
@@ -112,14 +115,15 @@ def _muzero(
     noisy = jax.nn.softmax(root.policy)
     if search.noise_fraction > 0.0:
         alpha = jnp.full(noisy.shape[1:], search.dirichlet_alpha, noisy.dtype)
-        noise = jax.random.dirichlet(noise_rng, alpha, noisy.shape[:1], noisy.dtype)
+        draw = functools.partial(jax.random.dirichlet, noise_rng, alpha, dtype=noisy.dtype)
+        noise = root.share.drawn(lambda rows: draw(shape=(rows,)), noisy.shape[0])
         noisy = (1 - search.noise_fraction) * noisy + search.noise_fraction * noise
     logits = _masked(logs(noisy), root.legal)
     grown, _ = _grown(logits, None, search_rng, root, grow, search)
     visit_counts = trees.visit_counts(grown[0])
     weights = visit_shares(visit_counts)
     logits = heated(logs(weights), dials.temperature)
-    action = jax.random.categorical(rng, logits).astype(jnp.int32)
+    action = categorical(rng, logits, root.share)
     return _answer(action, weights, grown[0], root, search), grown
 
 
@@ -132,7 +136,7 @@ def _gumbel(
     rng, gumbel_rng = jax.random.split(rng)
     gumbel = jnp.zeros_like(logits)
     if search.noise_fraction > 0.0:
-        gumbel = jax.random.gumbel(gumbel_rng, logits.shape, logits.dtype)
+        gumbel = _gumbel_noise(gumbel_rng, logits, root.share)
     grown, rules = _grown(logits, gumbel, rng, root, grow, search)
     visits, completed = trees.visit_counts(grown[0]), rules.transformed(grown[0])
     below_best = logits - jnp.max(logits, axis=1, keepdims=True)
@@ -153,7 +157,7 @@ def _grown(
 ) -> tuple[Grown, mctx_rules.Rules]:
     """Trees that begin with the network's value as a visit."""
     rules = mctx_rules.Rules(
-        search, root.value, root.legal, gumbel, root.fields, root.masked, root.chance
+        search, root.value, root.legal, gumbel, root.fields, root.masked, root.chance, root.share
     )
     begun = trees.init(rules.prior(logits, None), search, root.fields, root.value)
     return grow(rules, begun, rng), rules
@@ -187,12 +191,19 @@ def _answer(
 
 
 def with_noise(
-    rng: jax.Array, prior: jax.Array, legal: jax.Array, search: SearchConfig
+    rng: jax.Array,
+    prior: jax.Array,
+    legal: jax.Array,
+    search: SearchConfig,
+    share: Share = ALL,
 ) -> jax.Array:
     """Mixes Dirichlet noise over the legal actions into priors [B, A]."""
     if search.noise_fraction == 0.0:
         return prior
-    gamma = jax.random.gamma(rng, search.dirichlet_alpha, prior.shape, prior.dtype)
+    alpha, (count, num_actions) = search.dirichlet_alpha, prior.shape
+    gamma = share.drawn(
+        lambda rows: jax.random.gamma(rng, alpha, (rows, num_actions), prior.dtype), count
+    )
     gamma = jnp.where(legal, jnp.maximum(gamma, _TINY), 0.0)
     noise = gamma / jnp.sum(gamma, axis=1, keepdims=True)
     fraction = search.noise_fraction
@@ -200,7 +211,11 @@ def with_noise(
 
 
 def choose(
-    rng: jax.Array, visit_counts: jax.Array, legal: jax.Array, temperature: jax.Array | float
+    rng: jax.Array,
+    visit_counts: jax.Array,
+    legal: jax.Array,
+    temperature: jax.Array | float,
+    share: Share = ALL,
 ) -> jax.Array:
     """The most visited legal action, the first on ties; or a sample of the visits: [B] int32.
 
@@ -212,6 +227,7 @@ def choose(
       visit_counts: [B, A] int32.
       legal: [B, A] bool.
       temperature: [], at least 0. Below float32's smallest normal number it counts as 0.
+      share: which rows of a batch these are.
     """
     counts = jnp.where(legal, visit_counts, -1)
     temperature = jnp.asarray(temperature, jnp.float32)
@@ -225,10 +241,25 @@ def choose(
         logs = jnp.log(jnp.maximum(counts, 1).astype(jnp.float32))
         below = logs - jnp.max(logs, axis=-1, keepdims=True)  # 0 at the top, however divided
         logits = jnp.where(chosen, below / temperature, -jnp.inf)
-        return jax.random.categorical(rng, logits).astype(jnp.int32)
+        return categorical(rng, logits, share)
 
     action: jax.Array = loops.cond(temperature < _TINY, most_visited, sample)
     return action
+
+
+def categorical(rng: jax.Array, logits: jax.Array, share: Share = ALL) -> jax.Array:
+    """As `jax.random.categorical`, for a share of a batch: [B] int32 of logits [B, A]."""
+    noise = _gumbel_noise(rng, logits, share)
+    return jnp.argmax(noise + logits, axis=-1).astype(jnp.int32)
+
+
+def _gumbel_noise(rng: jax.Array, logits: jax.Array, share: Share) -> jax.Array:
+    """For logits [..., B, A]; their rows' own."""
+    rows, num_actions = logits.shape
+    noise: jax.Array = share.drawn(
+        lambda count: jax.random.gumbel(rng, (count, num_actions), logits.dtype), rows
+    )
+    return noise
 
 
 def below_infinity(policy: jax.Array) -> jax.Array:

@@ -84,7 +84,7 @@ class TreeModel:
       step: `(params, rng, node, action [B]) -> (tokens, state, Transition)`, a pure function. The
         tokens are those of the new node, a pytree of [K, B, ...] like the roots' [B, T, ...]; the
         state is a pytree of [B, ...] like the roots'. It is asked once in each simulation, for all
-        rows, with a key of its own.
+        rows, with a key of its own; on a mesh for those of a device, unless it reads its key.
       carry: of a window that has no room for a block, the new block's last `carry` tokens are kept
         and no others; None: it loses its oldest K tokens.
       in_place: a node is handed the tokens that were added below its root and no others. The model
@@ -250,6 +250,18 @@ def checked(model: TreeModel, params: Any, rng: jax.Array, root: Root) -> tuple[
     return dataclasses.replace(model, step=step), Facts(
         came.discount is not None, came.legal is not None
     )
+
+
+def draws(model: TreeModel, params: Any, rng: jax.Array, root: Root) -> bool:
+    """Whether a model's step reads its key. It may also, where it only hands it on."""
+    shape: Any = jax.ShapeDtypeStruct
+    rows = np.shape(root.policy)[:1]
+    count, valid = shape(rows, np.int32), shape((*rows, model.size), bool)
+    node = Node(root.tokens, valid, count, root.state, count, root.data, count)
+    given = jax.tree.map(lambda x: shape(np.shape(x), x.dtype), (params, rng, node))
+    program = jax.make_jaxpr(model.step)(*given, count).jaxpr
+    key = program.invars[len(jax.tree.leaves(params))]
+    return any(x is key for step in program.eqns for x in step.invars)
 
 
 def _in_words(step: Step) -> Step:

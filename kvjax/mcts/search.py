@@ -14,6 +14,7 @@ import numpy as np
 from kvjax.base import meshes
 from kvjax.base.arrays import ArrayLike, validate_legal
 from kvjax.base.compilation import is_traced, jit_small_operations
+from kvjax.base.meshes import Share
 from kvjax.base.values import require, require_type
 from kvjax.config import SearchConfig, WorldModelConfig
 from kvjax.mcts import sampling, subtree, unizero_tree
@@ -50,7 +51,8 @@ def search(
     Args:
       params: the world model's variables, or what `prepare` made of them.
       rng: a JAX PRNG key.
-      contexts: what the previous call returned, or `init_contexts`.
+      contexts: what the previous call returned, or `init_contexts`. If their rows lie on a mesh,
+        each device searches its own, and the results lie there too.
       observation: [B, observation_size] float32, the current observations.
       last_action: [B] int32, the actions that led to them; -1 restarts a row from an empty context.
         Where actions are continuous [B, A] float32; a row of NaN restarts.
@@ -122,7 +124,9 @@ def _checked(
     if search.tree == "muzero" and search.q_transform is None:
         search = dataclasses.replace(search, q_transform="tree")
     dials, search = split(search)
-    static = {"config": config, "search": search}
+    # What nodes draw is the whole batch's: XLA places it.
+    rows = None if config.num_sampled_actions else meshes.rows_of(contexts.timestep)
+    static = {"config": config, "search": search, "rows": rows}
     return (params, rng, contexts, *arrays, kept, dials, draws), static
 
 
@@ -201,7 +205,9 @@ def is_narrow(config: WorldModelConfig, **_: Any) -> bool:
     return config.embed_dim <= _NARROW
 
 
-@functools.partial(jit_small_operations, one_thread=is_narrow, static_argnames=("config", "search"))
+@functools.partial(
+    jit_small_operations, one_thread=is_narrow, static_argnames=("config", "search", "rows")
+)
 def _search(
     params: Params | UniZero,
     rng: jax.Array,
@@ -215,14 +221,22 @@ def _search(
     *,
     config: WorldModelConfig,
     search: SearchConfig,
+    rows: Any = None,
 ) -> tuple[Contexts, SearchOutput]:
-    """The search itself; without `dials` temperature and discount are those of `search`."""
+    """The search itself; without `dials` temperature and discount are those of `search`.
+
+    Args:
+      rows: how they lie on a mesh.
+    """
     dials = split(search)[0] if dials is None else dials
     arguments = params, rng, contexts, observation, last_action, legal, kept, dials, draws
-    run = functools.partial(_advance_and_plan, config=config, search=search)
-    rows = meshes.rows_of(contexts.timestep)
-    results = meshes.spec(rows), by_rows(rows, kept)
-    planned: tuple[Contexts, SearchOutput] = meshes.run_automatic(run, arguments, results)
+    share = Share.of(rows)
+    run = functools.partial(_advance_and_plan, config=config, search=search, share=share)
+    axes, whole = meshes.axes_of(rows, contexts.timestep), meshes.spec()
+    of_rows = meshes.spec(axes)
+    how = whole, whole, *[of_rows] * 4, meshes.specs(kept, axes, 1), whole, of_rows
+    results = of_rows, by_rows(axes, kept)
+    planned: tuple[Contexts, SearchOutput] = meshes.run(run, arguments, rows, how, results)
     return planned
 
 
@@ -239,6 +253,7 @@ def _advance_and_plan(
     *,
     config: WorldModelConfig,
     search: SearchConfig,
+    share: Share,
 ) -> tuple[Contexts, SearchOutput]:
     model = unizero.fold(params, config=config)
     contexts, policy, value = advance(model, contexts, observation, last_action, config=config)
@@ -258,5 +273,6 @@ def _advance_and_plan(
         facts=Facts(),
         search=search,
         raw=False,
+        share=share,
     )
     return contexts, sampling.answer(output, root.state) if is_sampled else output

@@ -14,13 +14,23 @@ import numpy as np
 from kvjax.base import meshes
 from kvjax.base.arrays import ArrayLike, validate_range
 from kvjax.base.compilation import is_traced, jit_small_operations
+from kvjax.base.meshes import Share
 from kvjax.base.values import require, require_type
 from kvjax.config import SearchConfig
 from kvjax.mcts import policies, search_tree, subtree
 from kvjax.mcts import tokens as own_tokens
 from kvjax.mcts.output import Dials, SearchOutput, split
 from kvjax.mcts.policies import Grown
-from kvjax.mcts.protocol import Facts, Root, TreeModel, checked, root_of, validate_root, with_length
+from kvjax.mcts.protocol import (
+    Facts,
+    Root,
+    TreeModel,
+    checked,
+    draws,
+    root_of,
+    validate_root,
+    with_length,
+)
 from kvjax.mcts.search_tree import SearchTree
 from kvjax.mcts.subtree import Kept, Past
 from kvjax.mcts.tree import Rules, Tree
@@ -52,7 +62,8 @@ def tree_search(
       params: handed to the model's step: any pytree.
       rng: a JAX PRNG key.
       root: where the search begins, a `kvjax.Root`; or mctx's `RootFnOutput` with the mapping
-        `{"tokens": .., "length": .., "state": .., "data": .., "legal": ..}` as its embedding.
+        `{"tokens": .., "length": .., "state": .., "data": .., "legal": ..}` as its embedding. If
+        the rows of `policy` lie on a mesh, each device searches its own.
       model: what a step does (static: each new `TreeModel` of another function is compiled anew).
       search: the search's configuration (static).
       kept: with `kept_nodes`, the previous call's `out.kept`, from which rows go on that took an
@@ -118,7 +129,10 @@ def _checked(
     dials, search = split(search)
     static = {"model": model, "search": search, "return_tree": return_tree}
     width = sum(np.prod(x.shape[2:], dtype=int) for x in jax.tree.leaves(root.tokens))
-    return (params, rng, root, before, dials), static | {"narrow": width <= _NARROW}
+    return (params, rng, root, before, dials), static | {
+        "narrow": width <= _NARROW,
+        "rows": meshes.rows_of(root.policy),
+    }
 
 
 def _arrays(root: Root) -> Root:
@@ -171,7 +185,7 @@ def _begin(
 @functools.partial(
     jit_small_operations,
     one_thread=lambda narrow, **_: narrow,
-    static_argnames=("model", "search", "return_tree", "narrow"),
+    static_argnames=("model", "search", "return_tree", "narrow", "rows"),
 )
 def _tree_search(
     params: Any,
@@ -184,15 +198,22 @@ def _tree_search(
     search: SearchConfig,
     return_tree: bool,
     narrow: bool,
+    rows: Any = None,
 ) -> SearchOutput:
-    """`before` is what was kept, and the actions that followed."""
+    """`before` is what was kept, and the actions that followed; `rows`, how they lie on a mesh."""
     del narrow
     root = with_length(root)
     model, facts = checked(model, params, rng, root)
-    run = functools.partial(_plan, model=model, facts=facts, search=search, return_tree=return_tree)
-    kept, rows = None if before is None else before[0], meshes.rows_of(root.policy)
-    results, arguments = by_rows(rows, kept, return_tree), (params, rng, root, before, dials)
-    output: SearchOutput = meshes.run_automatic(run, arguments, results)
+    if rows is not None and draws(model, params, rng, root):
+        rows = None  # a step draws for all rows at once
+    how: dict[str, Any] = {"facts": facts, "return_tree": return_tree, "share": Share.of(rows)}
+    run = functools.partial(_plan, model=model, search=search, **how)
+    kept, axes = None if before is None else before[0], meshes.axes_of(rows, root.policy)
+    arguments, whole = (params, rng, root, before, dials), meshes.spec()
+    of_rows = meshes.spec(axes)
+    past = None if before is None else (meshes.specs(kept, axes, 1), of_rows)
+    lie, results = (whole, whole, of_rows, past, whole), by_rows(axes, kept, return_tree)
+    output: SearchOutput = meshes.run(run, arguments, rows, lie, results)
     return output
 
 
@@ -228,6 +249,7 @@ def plan(
     facts: Facts,
     search: SearchConfig,
     raw: bool,
+    share: Share,
     return_tree: bool = False,
 ) -> SearchOutput:
     """The search itself, traced.
@@ -239,6 +261,7 @@ def plan(
       dials: in place of the search's.
       facts: what the model's transitions hold.
       raw: whether trees keep what the network said of each node, even if no rule reads it.
+      share: which rows of a batch these are.
     """
 
     def grow(rules: Rules, tree: Tree, rng: jax.Array) -> Grown:
@@ -251,7 +274,7 @@ def plan(
 
     fields = policies.num_fields(search, discounted=facts.discounted, raw=raw)
     begins = policies.Beginning(
-        root.policy, root.value, root.legal, fields, facts.masked, model.chance
+        root.policy, root.value, root.legal, fields, facts.masked, model.chance, share
     )
     output, (tree, tokens) = policies.plan(rng, begins, grow, dials, search)
     whole = (

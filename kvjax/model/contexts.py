@@ -52,22 +52,35 @@ def validate_contexts(contexts: Contexts, config: WorldModelConfig) -> None:
         )
 
 
-def init_contexts(config: WorldModelConfig, num_envs: int) -> Contexts:
+def init_contexts(
+    config: WorldModelConfig, num_envs: int, *, mesh: jax.sharding.Mesh | None = None
+) -> Contexts:
     """Empty contexts, one row per environment.
+
+    Args:
+      config: the model's configuration.
+      num_envs: B.
+      mesh: devices over which the rows are to lie, as many on each; on one device by default.
 
     Returns:
       `Contexts` with windows [B, C, L, 2, H, D] and timestep -1.
 
     Raises:
-      TypeError: `config` is no `WorldModelConfig`.
-      ValueError: `num_envs` is not a positive integer.
+      TypeError: `config` is no `WorldModelConfig`, `mesh` no `Mesh`.
+      ValueError: `num_envs` is not a positive integer, or no multiple of the mesh's devices.
     """
     require_type("config", config, WorldModelConfig, "kvjax.WorldModelConfig")
-    contexts: Contexts = _empty_contexts(config, require_count("num_envs", num_envs))
+    num_envs = require_count("num_envs", num_envs)
+    rows = None if mesh is None else meshes.over(mesh, "num_envs", num_envs)
+    contexts: Contexts = _empty_on(rows)(config, num_envs)
     return contexts
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.lru_cache
+def _empty_on(rows: jax.sharding.NamedSharding | None) -> Any:
+    return jax.jit(_empty_contexts, static_argnums=(0, 1), out_shardings=rows)
+
+
 def _empty_contexts(config: WorldModelConfig, num_envs: int) -> Contexts:
     empty = windows.init(config.window)
     window = jax.tree.map(lambda x: jnp.zeros((num_envs, *x.shape), x.dtype), empty)
@@ -121,7 +134,7 @@ def replay(
       length: [B] integer in 0 .. T, steps of each history.
       config: the model's configuration (static).
       contexts: where the histories continue from; empty by default. Rotary positions count from its
-        clock.
+        clock. If their rows lie on a mesh, each device takes its own.
 
     Returns:
       `Contexts`, policy logits [B, A] and value logits [B, S] of each row's last observation (zeros
@@ -156,15 +169,19 @@ def replay(
     given = contexts.timestep.shape[0]
     require(given == rows, f"contexts must have {rows} rows, got {given}")
     history = observation.astype(jnp.float32), step.as_taken(action), length.astype(jnp.int32)
-    contexts, policy, value = _replay(params, contexts, history, config=config)
+    lie = meshes.rows_of(contexts.timestep)
+    contexts, policy, value = _replay(params, contexts, history, config=config, rows=lie)
     return contexts, policy, value
 
 
-@functools.partial(jax.jit, static_argnames=("config",))
-def _replay(params: Params | UniZero, contexts: Contexts, history: Any, *, config: Any) -> Any:
+@functools.partial(jax.jit, static_argnames=("config", "rows"))
+def _replay(
+    params: Params | UniZero, contexts: Contexts, history: Any, *, config: Any, rows: Any
+) -> Any:
     take_steps = functools.partial(_take_steps, config=config)
-    rows = meshes.spec(meshes.rows_of(contexts.timestep))
-    return meshes.run_automatic(take_steps, (params, contexts, history), rows)
+    by_row = meshes.spec(meshes.axes_of(rows, contexts.timestep))
+    how = meshes.spec(), by_row, by_row
+    return meshes.run(take_steps, (params, contexts, history), rows, how, by_row)
 
 
 def _take_steps(
