@@ -45,6 +45,11 @@ def over(mesh: Any, name: str, rows: int) -> NamedSharding:
     return NamedSharding(mesh, spec(mesh.axis_names))
 
 
+def replicated(values: Any, mesh: Mesh | None) -> Any:
+    """The same arrays on every device of a mesh; as they are without one."""
+    return values if mesh is None else jax.device_put(values, NamedSharding(mesh, spec()))
+
+
 def rows_of(x: Any) -> NamedSharding | None:
     """How the rows of an array [B, ...] lie on a mesh; None: on no mesh, or nobody can tell.
 

@@ -17,6 +17,7 @@ from kvjax.base.values import listed
 from kvjax.config import SearchConfig
 from kvjax.model import checkpoint
 from kvjax.tools.agent import Found
+from kvjax.tools.machine import keep_compiled, mesh_of
 from kvjax.tools.options import add_model_options, agent_of, origins
 from kvjax.tools.output import (
     print_json,
@@ -47,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("jax").setLevel(logging.ERROR)
     _measured.clear()
     try:
+        if not args.no_compilation_cache:
+            keep_compiled()
         code = int(args.run(args))
         sys.stdout.flush()
         return code
@@ -137,6 +140,13 @@ def _add_play(commands: Any) -> None:
         "--no-context", action="store_true", help="push every step as an episode's first"
     )
     _add_route(play)
+    play.add_argument(
+        "--devices",
+        type=int,
+        default=1,
+        metavar="N",
+        help="search on N devices at once; a CPU is divided",
+    )
     play.add_argument("--gif", metavar="PATH", help="write the first episode as an animation")
 
 
@@ -150,6 +160,11 @@ def _command(
 ) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    parser.add_argument(
+        "--no-compilation-cache",
+        action="store_true",
+        help="compile everything anew, instead of keeping it in $XDG_CACHE_HOME/kvjax",
+    )
     parser.set_defaults(run=run)
     return parser
 
@@ -157,6 +172,7 @@ def _command(
 def _play(args: argparse.Namespace) -> int:
     from kvjax.tools.play import AnimationError, Status, play
 
+    mesh = mesh_of(args.devices)
     found = agent_of(args)
     search_config = SearchConfig(num_simulations=args.simulations)
     with progress_bar() as bar:
@@ -176,6 +192,7 @@ def _play(args: argparse.Namespace) -> int:
                 route=args.route,
                 keep_context=not args.no_context,
                 gif_path=args.gif,
+                mesh=mesh,
                 progress=show,
             )
         except AnimationError as error:

@@ -101,12 +101,13 @@ def play(
     route: str = "tree",
     keep_context: bool = True,
     gif_path: str | Path | None = None,
+    mesh: jax.sharding.Mesh | None = None,
     progress: Callable[[Status], None] = lambda status: None,
 ) -> Summary:
     """Plays episodes; episode i starts from `reset(seed=seed + i)`.
 
-    Up to `MAX_BATCH` environments are searched together; a row whose episode ends goes on with the
-    next episode while the others stay where they are.
+    Up to `MAX_BATCH` environments, on a mesh as many on each device, are searched together; a row
+    whose episode ends goes on with the next episode while the others stay where they are.
 
     Args:
       agent: a model whose checkpoint names its environment.
@@ -114,11 +115,12 @@ def play(
       keep_context: False pushes every step as an episode's first, so that the window holds the
         current observation only.
       gif_path: where to write the first episode as an animation.
+      mesh: devices to search on, over which the environments are divided evenly.
       progress: called before the first step and after every batch of steps.
 
     Raises:
-      ValueError: fewer than one episode, a seed out of range, no or an unknown environment, an
-        environment that does not fit the model, or a GIF that cannot be drawn.
+      ValueError: fewer than one episode, or than devices, a seed out of range, no or an unknown
+        environment, an environment that does not fit the model, or a GIF that cannot be drawn.
       OSError: the GIF cannot be written, said before the first step; an `AnimationError`, which has
         the summary, if that shows only at the end.
     """
@@ -128,9 +130,9 @@ def play(
         raise ValueError("the checkpoint names no environment: say which one to play")
     frames = None if gif_path is None else gif.Frames(gif_path)
     started = time.perf_counter()
-    batch = min(episodes, MAX_BATCH)
+    batch = _batch(episodes, 1 if mesh is None else mesh.size)
     search = search_config or SearchConfig()
-    begin = functools.partial(ROUTES[route], agent.params, agent.config, search, batch)
+    begin = functools.partial(ROUTES[route], agent.params, agent.config, search, batch, mesh)
     with _rows(environment, agent.config, batch, render=frames is not None) as rows:
         run = _Run(rows, environment.observation_scale, episodes, seed)
         step, compile_seconds = begin(), run.compile(begin())
@@ -164,6 +166,15 @@ def _check_run(episodes: int, seed: int) -> None:
     require(episodes >= 1, f"episodes must be at least 1, got {episodes}")
     require(episodes <= MAX_EPISODES, f"episodes must be at most {MAX_EPISODES}, got {episodes}")
     require(0 <= seed <= LAST_SEED, f"seed must be in 0 .. {LAST_SEED}, got {seed}")
+
+
+def _batch(episodes: int, devices: int) -> int:
+    """Environments to play side by side, as many on each device."""
+    require(
+        episodes >= devices,
+        f"episodes must be at least as many as devices, got {episodes} for {devices}",
+    )
+    return min(episodes // devices, MAX_BATCH) * devices
 
 
 class _Run:

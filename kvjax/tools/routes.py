@@ -7,12 +7,14 @@ Shapes: B environments, A actions; where nodes draw their actions, A of them.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from kvjax import store as stores
+from kvjax.base import meshes
 from kvjax.base.values import require
 from kvjax.config import SearchConfig, WorldModelConfig
 from kvjax.mcts.search import search
@@ -42,15 +44,31 @@ Step = Callable[[jax.Array, Array, Array], Answer]
 Continuous last actions are [B, numbers], and NaN restarts a row.
 """
 
-Route = Callable[[Params, WorldModelConfig, SearchConfig, int], Step]
-"""A model, how to search and the number of environments to the step of environments that begin."""
+
+class Route(Protocol):
+    """Begins environments."""
+
+    def __call__(
+        self,
+        params: Params,
+        config: WorldModelConfig,
+        search_config: SearchConfig,
+        num_envs: int,
+        mesh: Mesh | None = None,
+    ) -> Step:
+        """With a model and how to search, on the devices of a mesh or on one."""
 
 
 def _tree(
-    params: Params, config: WorldModelConfig, search_config: SearchConfig, num_envs: int
+    params: Params,
+    config: WorldModelConfig,
+    search_config: SearchConfig,
+    num_envs: int,
+    mesh: Mesh | None = None,
 ) -> Step:
     """By `kvjax.search`."""
-    contexts, prepared = init_contexts(config, num_envs), prepare(params, config=config)
+    contexts = init_contexts(config, num_envs, mesh=mesh)
+    prepared = meshes.replicated(prepare(params, config=config), mesh)
     kept: Kept | None = None
 
     def step(rng: jax.Array, observation: Array, last_action: Array) -> Answer:
@@ -64,10 +82,15 @@ def _tree(
 
 
 def _store(
-    params: Params, config: WorldModelConfig, search_config: SearchConfig, num_envs: int
+    params: Params,
+    config: WorldModelConfig,
+    search_config: SearchConfig,
+    num_envs: int,
+    mesh: Mesh | None = None,
 ) -> Step:
-    """By `host_search`; raises `ValueError` if its trees are to keep nodes."""
+    """By `host_search`; raises `ValueError` if its trees are to keep nodes, or for a mesh."""
     kept = search_config.kept_nodes
+    require(mesh is None, 'route "store" searches on one device: play without --devices')
     require(kept == 0, f'route "store" begins each search anew: kept_nodes must be 0, got {kept}')
     clear = jax.jit(stores.clear_environment, donate_argnames=("store",))
     store = stores.init_store(config, num_envs, search_config.num_simulations)

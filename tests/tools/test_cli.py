@@ -240,6 +240,8 @@ def test_verify(capsys, data):
             ("convert", "cartpole_masked", "out.safetensors", "--observation-scale", "1,0"),
             "observation_scale needs 4 factors, got (1.0, 0.0)",
         ),
+        (("play", "--devices", "0"), "devices must be at least 1, got 0"),
+        (("play", "--devices", "9"), "devices must be at most 1 here, got 9"),
         (("play", "--num-heads", "4"), "was converted with num_heads 2, got 4"),
         (("play", "--context-length", "10"), "was converted with context_length 8, got 10"),
         (("play", "--gif", "a.png"), "an animation's name must end in .gif, got a.png"),
