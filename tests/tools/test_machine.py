@@ -25,14 +25,27 @@ def run(code, **env):
     return done.stdout, done.stderr
 
 
+PLAY = """
+import sys
+from kvjax.tools import cli, routes
+make = routes.init_contexts
+
+def watched(*args, mesh):
+    contexts = make(*args, mesh=mesh)
+    print(len(contexts.timestep.devices()), "devices", file=sys.stderr)
+    return contexts
+
+routes.init_contexts = watched
+cli.main("play --episodes 3 --simulations 1 --devices 2 --json".split())
+"""
+
+
 def test_play_on_two_devices(masked_agent):
     """The same episodes, of which one is over and another begins in its place."""
-    code = "import sys; from kvjax.tools import cli; sys.exit(cli.main(sys.argv[1:]))"
-    words = ["play", "--episodes", "3", "--simulations", "1", "--devices", "2", "--json"]
-    code = f"import sys; sys.argv[1:] = {words}; {code}"
-    out, _ = run(code, **{name: os.environ[name] for name in os.environ if name.startswith("JAX_")})
+    out, told = run(PLAY, **{name: x for name, x in os.environ.items() if name.startswith("JAX_")})
     wanted = play(masked_agent, episodes=3, search_config=ONE)
     assert json.loads(out)["returns"] == list(wanted.returns)
+    assert "2 devices" in told
 
 
 KEEP = """
