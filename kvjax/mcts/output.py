@@ -6,14 +6,17 @@ is the number K of those that the root has drawn.
 
 import dataclasses
 import functools
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from kvjax.base import display
+from kvjax.base import display, files
 from kvjax.base.compilation import is_traced
 from kvjax.config import SearchConfig
+from kvjax.mcts import explorer
 
 
 @jax.tree_util.register_dataclass
@@ -60,7 +63,7 @@ class SearchOutput(display.Drawn):
       action_weights: [B, A], the policy target: shares of visits, or mctx's improved policy
         ("gumbel").
       kept: `kvjax.Kept` for the next search, with `SearchConfig.kept_nodes`; else None.
-      tree: `kvjax.SearchTree`, where `kvjax.tree_search` was asked to return it; else None.
+      tree: `kvjax.SearchTree`, where the search was asked to return it; else None.
       sampled_actions: [B, K] int32 or [B, K, numbers] float32, the actions that the root has drawn,
         in the order of `visit_counts`; None of a model whose nodes have all actions.
     """
@@ -80,3 +83,37 @@ class SearchOutput(display.Drawn):
 
     def _picture(self) -> display.Picture | None:
         return display.search_output(self)
+
+    def to_html(
+        self,
+        path: str | Path | None = None,
+        *,
+        row: int = 0,
+        tokens: Sequence[str] | None = None,
+        title: str = "A search, simulation by simulation",
+        note: str = "",
+    ) -> str:
+        """One row's tree as a page to step through: nodes, windows, and what a full window drops.
+
+        The page is one file that loads nothing else. The search must have had `return_tree=True`.
+
+        Args:
+          path: where to write it; nowhere by default.
+          row: of the batch [B].
+          tokens: names of the K tokens that a step adds, as `("action", "latent")` of UniZero's.
+          title: of the page.
+          note: a sentence that stands below windows.
+
+        Returns:
+          The page's text.
+
+        Raises:
+          ValueError: the output holds no tree or several searches, there is no such row, or
+            `tokens` are not K names.
+          OSError: the file cannot be written.
+        """
+        page = explorer.page(self, row=row, tokens=tokens, title=title, note=note)
+        if path is not None:
+            with files.replacing(path) as file:
+                file.write(page.encode())
+        return page

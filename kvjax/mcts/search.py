@@ -17,10 +17,11 @@ from kvjax.base.compilation import is_traced, jit_small_operations
 from kvjax.base.meshes import Share
 from kvjax.base.values import require, require_type
 from kvjax.config import SearchConfig, WorldModelConfig
-from kvjax.mcts import sampling, subtree, unizero_tree
+from kvjax.mcts import policies, sampling, subtree, unizero_tree
 from kvjax.mcts.output import Dials, SearchOutput, split
 from kvjax.mcts.protocol import Facts
 from kvjax.mcts.subtree import Kept, Past
+from kvjax.mcts.tree import RAW, Q
 from kvjax.mcts.tree_search import by_rows, plan
 from kvjax.model import step, unizero
 from kvjax.model.checks import validate_actions, validate_key
@@ -28,6 +29,8 @@ from kvjax.model.contexts import Contexts, advance, validate_contexts
 from kvjax.model.unizero import UniZero
 from kvjax.model.world_model import Params
 from kvjax.ops import support
+
+_STATIC = ("config", "search", "rows", "return_tree")
 
 _NARROW = 128
 """Embedding size up to which loops are faster in one thread; on 2 cores, 256 is slower so."""
@@ -45,6 +48,7 @@ def search(
     search: SearchConfig,
     kept: Kept | None = None,
     draws: ArrayLike | None = None,
+    return_tree: bool = False,
 ) -> tuple[Contexts, SearchOutput]:
     """Advances every environment by one step and plans the next action. One jitted call.
 
@@ -64,6 +68,8 @@ def search(
       draws: [B, 1 + num_simulations, K, ...], of a model whose nodes draw actions: those of the
         root and of the node that each simulation makes, in place of drawn ones. It repeats a search
         whose draws are known.
+      return_tree: whether the output has the whole tree, for `SearchOutput.to_html` (static). What
+        is kept has the network's values then too; of nodes that were kept without, they are NaN.
 
     Returns:
       The new contexts and a `SearchOutput`. A row whose observation or context makes the model
@@ -87,6 +93,7 @@ def search(
         search=search,
         kept=kept,
         draws=draws,
+        return_tree=return_tree,
     )
     planned: tuple[Contexts, SearchOutput] = _search(*args, **static)
     return planned
@@ -111,6 +118,7 @@ def _checked(
     search: SearchConfig,
     kept: Kept | None = None,
     draws: ArrayLike | None = None,
+    return_tree: bool = False,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of `search` as the jitted one takes them."""
     unizero.validate(params, config)
@@ -127,6 +135,7 @@ def _checked(
     # What nodes draw is the whole batch's: XLA places it.
     rows = None if config.num_sampled_actions else meshes.rows_of(contexts.timestep)
     static = {"config": config, "search": search, "rows": rows}
+    static |= {"return_tree": True} if return_tree else {}
     return (params, rng, contexts, *arrays, kept, dials, draws), static
 
 
@@ -205,9 +214,7 @@ def is_narrow(config: WorldModelConfig, **_: Any) -> bool:
     return config.embed_dim <= _NARROW
 
 
-@functools.partial(
-    jit_small_operations, one_thread=is_narrow, static_argnames=("config", "search", "rows")
-)
+@functools.partial(jit_small_operations, one_thread=is_narrow, static_argnames=_STATIC)
 def _search(
     params: Params | UniZero,
     rng: jax.Array,
@@ -222,6 +229,7 @@ def _search(
     config: WorldModelConfig,
     search: SearchConfig,
     rows: Any = None,
+    return_tree: bool = False,
 ) -> tuple[Contexts, SearchOutput]:
     """The search itself; without `dials` temperature and discount are those of `search`.
 
@@ -231,11 +239,13 @@ def _search(
     dials = split(search)[0] if dials is None else dials
     arguments = params, rng, contexts, observation, last_action, legal, kept, dials, draws
     share = Share.of(rows)
-    run = functools.partial(_advance_and_plan, config=config, search=search, share=share)
+    run = functools.partial(
+        _advance_and_plan, config=config, search=search, return_tree=return_tree, share=share
+    )
     axes, whole = meshes.axes_of(rows, contexts.timestep), meshes.spec()
     of_rows = meshes.spec(axes)
     how = whole, whole, *[of_rows] * 4, meshes.specs(kept, axes, 1), whole, of_rows
-    results = of_rows, by_rows(axes, kept)
+    results = of_rows, by_rows(axes, kept, return_tree)
     planned: tuple[Contexts, SearchOutput] = meshes.run(run, arguments, rows, how, results)
     return planned
 
@@ -253,6 +263,7 @@ def _advance_and_plan(
     *,
     config: WorldModelConfig,
     search: SearchConfig,
+    return_tree: bool,
     share: Share,
 ) -> tuple[Contexts, SearchOutput]:
     model = unizero.fold(params, config=config)
@@ -263,16 +274,28 @@ def _advance_and_plan(
     if is_sampled:
         rng, draw_rng = jax.random.split(rng)
         root = sampling.at_root(root, draw_rng, config, draws)
+    fields = policies.num_fields(search, discounted=False, raw=return_tree)
     output = plan(
         model,
         rng,
         root,
-        None if kept is None else Past(kept, last_action, contexts.timestep),
+        None if kept is None else Past(_told(kept, fields), last_action, contexts.timestep),
         dials,
         model=unizero_tree.tree_model(config),
         facts=Facts(),
         search=search,
-        raw=False,
+        raw=return_tree,
+        return_tree=return_tree,
         share=share,
     )
     return contexts, sampling.answer(output, root.state) if is_sampled else output
+
+
+def _told(kept: Kept, fields: int) -> Kept:
+    """With the network's values of its nodes, NaN where these are unknown, or without."""
+    edges = kept.tree.edges
+    if {edges.shape[2], fields} != {Q + 1, RAW + 1}:
+        return kept
+    more = jnp.full((*edges.shape[:2], 1, edges.shape[3]), jnp.nan, edges.dtype)
+    edges = jnp.concatenate([edges, more], axis=2)[:, :, :fields]
+    return dataclasses.replace(kept, tree=dataclasses.replace(kept.tree, edges=edges))

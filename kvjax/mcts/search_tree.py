@@ -24,6 +24,8 @@ class SearchTree:
 
     Attributes:
       parent: [B, N] int32, -1 of a root and where there is no node.
+      simulation: [B, N] int32, from 0, that made the node, or none where a limit of depth ended it;
+        -1 of a root and of nodes that were kept.
       action: [B, N] int32 that leads from the parent to the node, -1 likewise.
       depth: [B, N] int32, edges below the root.
       visits: [B, N] int32, of the edge to the node.
@@ -39,6 +41,7 @@ class SearchTree:
     """
 
     parent: jax.Array
+    simulation: jax.Array
     action: jax.Array
     depth: jax.Array
     visits: jax.Array
@@ -98,8 +101,10 @@ def of(
             root.tokens,
             tables,
         )
+    made = jnp.arange(nodes, dtype=jnp.int32) - (1 + search.kept_nodes)
     return SearchTree(
         parent=parent,
+        simulation=jnp.broadcast_to(jnp.maximum(made, -1), parent.shape),
         action=by_child(jnp.broadcast_to(place % actions, child.shape), NO_NODE),
         depth=depth,
         visits=by_child(edges[:, :, VISITS].astype(jnp.int32), 0),

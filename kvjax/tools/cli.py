@@ -14,7 +14,7 @@ from typing import Any
 from kvjax import __version__
 from kvjax.base import files
 from kvjax.base.values import listed
-from kvjax.config import SearchConfig
+from kvjax.config import TREES, SearchConfig
 from kvjax.model import checkpoint
 from kvjax.tools.agent import Found
 from kvjax.tools.machine import keep_compiled, mesh_of
@@ -89,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
 
     _add_play(commands)
+    _add_explore(commands)
 
     verify = _command(commands, "verify", _verify, "replay a recorded LightZero trace")
     verify.add_argument("trace", metavar="TRACE.npz")
@@ -150,6 +151,18 @@ def _add_play(commands: Any) -> None:
     play.add_argument("--gif", metavar="PATH", help="write the first episode as an animation")
 
 
+def _add_explore(commands: Any) -> None:
+    text = "write one search of an episode as a page to step through"
+    explore = _command(commands, "explore", _explore, text)
+    explore.add_argument("checkpoint", nargs="?", default=DEFAULT_AGENT, help="as of play")
+    add_model_options(explore)
+    explore.add_argument("--output", required=True, metavar="PATH.html")
+    explore.add_argument("--step", type=int, default=10, help="which of the episode's, from 0")
+    explore.add_argument("--simulations", type=int, default=50)
+    explore.add_argument("--tree", choices=TREES, default=SearchConfig().tree, help="whose rules")
+    explore.add_argument("--seed", type=int, default=0, help="the episode is reset with it")
+
+
 def _add_route(parser: argparse.ArgumentParser) -> None:
     text = "the tree in one jit, or on the host"
     parser.add_argument("--route", choices=ROUTES, default="tree", help=text)
@@ -199,6 +212,22 @@ def _play(args: argparse.Namespace) -> int:
             _measured.append(functools.partial(_print_summary, args, found, error.summary))
             raise
     _print_summary(args, found, summary, args.gif)
+    return 0
+
+
+def _explore(args: argparse.Namespace) -> int:
+    from kvjax.tools.explore import explore
+
+    with warnings_shown():
+        files.require_writable(args.output)
+    found = agent_of(args)
+    search = SearchConfig(num_simulations=args.simulations, tree=args.tree)
+    explored = explore(found.agent, args.output, step=args.step, search=search, seed=args.seed)
+    if args.json:
+        print_json(dataclasses.asdict(explored) | {"origins": dict(found.origins)})
+    else:
+        ended = "" if explored.step == args.step else ", the episode's last"
+        print(f"{args.output}: step {explored.step}{ended}, action {explored.action}")
     return 0
 
 

@@ -20,7 +20,7 @@ from kvjax.config import EnvironmentConfig, SearchConfig, WorldModelConfig
 from kvjax.model.checkpoint import Checkpoint
 from kvjax.model.step import first_actions
 from kvjax.tools import environments, gif
-from kvjax.tools.routes import ROUTES, Step
+from kvjax.tools.routes import ROUTES, Route, Step
 
 Array = np.ndarray[Any, Any]
 
@@ -98,7 +98,7 @@ def play(
     episodes: int = 8,
     search_config: SearchConfig | None = None,
     seed: int = 0,
-    route: str = "tree",
+    route: str | Route = "tree",
     keep_context: bool = True,
     gif_path: str | Path | None = None,
     mesh: jax.sharding.Mesh | None = None,
@@ -111,7 +111,8 @@ def play(
 
     Args:
       agent: a model whose checkpoint names its environment.
-      route: "tree" searches in one jit, "store" with trees on the host, see `kvjax.tools.routes`.
+      route: "tree" searches in one jit, "store" with trees on the host, or one of one's own; see
+        `kvjax.tools.routes`.
       keep_context: False pushes every step as an episode's first, so that the window holds the
         current observation only.
       gif_path: where to write the first episode as an animation.
@@ -132,7 +133,8 @@ def play(
     started = time.perf_counter()
     batch = _batch(episodes, 1 if mesh is None else mesh.size)
     search = search_config or SearchConfig()
-    begin = functools.partial(ROUTES[route], agent.params, agent.config, search, batch, mesh)
+    way = ROUTES[route] if isinstance(route, str) else route
+    begin = functools.partial(way, agent.params, agent.config, search, batch, mesh)
     with _rows(environment, agent.config, batch, render=frames is not None) as rows:
         run = _Run(rows, environment.observation_scale, episodes, seed)
         step, compile_seconds = begin(), run.compile(begin())

@@ -63,6 +63,23 @@ def test_summary_for_people_and_a_gif(capsys, tmp_path):
         assert gif.size == (300, 200)
 
 
+def test_explore_writes_one_search_as_a_page(capsys, tmp_path):
+    path = tmp_path / "tree.html"
+    short = ("--output", path, "--simulations", 5)
+    code, out, _ = run(capsys, "explore", *short, "--step", 1, "--json")
+    explored = json.loads(out)
+    assert (code, explored["step"], explored["simulations"]) == (0, 1, 5)
+    text = path.read_text()
+    assert "CartPole-v0, step 1" in text
+    assert '"w": [[0, 3]]' in text  # the second step of an episode: three tokens
+    assert explored["action"] in (0, 1)
+    code, out, _ = run(capsys, "explore", *short, "--step", 999)
+    assert code == 0
+    assert "the episode's last, action" in out
+    code, _, err = run(capsys, "explore", *short, "--step", -1)
+    assert (code, err) == (2, "kvjax explore: step must be at least 0, got -1\n")
+
+
 def test_convert_and_play_either_file(capsys, data, tmp_path):
     pytest.importorskip("torch")
     source = data / "cartpole_masked_lightzero_0.2.0.pth.tar"
