@@ -3,29 +3,60 @@
 Counters are 64 bits wide, in two lanes of which the lower comes first: [N, 2] uint32.
 """
 
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-COUNTERS = (
-    "root_queries",
-    "root_hits",
-    "queries",
-    "root_pool_hits",
-    "node_pool_hits",
-    "misses",
-    "rebuilt",
-    "false_matches",
-    "root_evictions",
-    "node_evictions",
-    "not_stored",
-    "batches",
-    "unequal_batches",
-    "padded_rows",
-    "pad_tokens",
-    "largest_pad",
+from kvjax.base.values import require
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """One number of a store, as a monitor needs it described."""
+
+    name: str
+    kind: Literal["counter", "gauge"]  # grows for ever, or is what it is now
+    unit: str
+    meaning: str
+
+
+_COUNTED = (
+    Metric("root_queries", "counter", "rows", "look-ups of root steps"),
+    Metric("root_hits", "counter", "rows", "look-ups of root steps that found their window"),
+    Metric("queries", "counter", "rows", "look-ups of all steps"),
+    Metric("root_pool_hits", "counter", "rows", "look-ups that found a root"),
+    Metric("node_pool_hits", "counter", "rows", "look-ups that found a searched node"),
+    Metric("misses", "counter", "rows", "look-ups that found nothing"),
+    Metric("rebuilt", "counter", "rows", "windows that were computed again after a miss"),
+    Metric("false_matches", "counter", "rows", "look-ups that met another key of the same bits"),
+    Metric("root_evictions", "counter", "entries", "roots that went to make room"),
+    Metric("node_evictions", "counter", "entries", "nodes that went to make room"),
+    Metric("not_stored", "counter", "windows", "windows that found no slot"),
+    Metric("batches", "counter", "steps", "steps with any window to read"),
+    Metric("unequal_batches", "counter", "steps", "steps whose windows had unequal lengths"),
+    Metric("padded_rows", "counter", "rows", "rows that aligning these windows would pad"),
+    Metric("pad_tokens", "counter", "tokens", "padding that aligning them would take"),
+    Metric("largest_pad", "gauge", "tokens", "largest padding of one row so far"),
 )
-"""Names of the counters, in order."""
+_POOLS = (
+    Metric("roots_stored", "gauge", "entries", "entries of all root pools"),
+    Metric("roots_slots", "gauge", "entries", "room of all root pools"),
+    Metric("nodes_stored", "gauge", "entries", "entries of the node pool"),
+    Metric("nodes_slots", "gauge", "entries", "room of the node pool"),
+)
+METRICS = _COUNTED + _POOLS
+"""All that `Statistics` holds, in order."""
+
+COUNTERS = tuple(metric.name for metric in _COUNTED)
+"""Names of what a store's state counts, in order."""
+
+_NAME = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*")
+_ESCAPED = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
 
 
 def init() -> jax.Array:
@@ -76,9 +107,66 @@ class Statistics(dict[str, int]):
       nodes_stored, nodes_slots: of the node pool.
     """
 
+    @property
+    def hit_rate(self) -> float:
+        """Share of all look-ups that found a window; 0 before the first."""
+        return (self["root_pool_hits"] + self["node_pool_hits"]) / max(self["queries"], 1)
+
+    def as_dict(self, prefix: str = "kvjax/") -> dict[str, float]:
+        """All numbers and the hit rate by name, flat, as wandb and TensorBoard take them.
+
+        Args:
+          prefix: of all names.
+        """
+        return {
+            f"{prefix}{name}": value for name, value in (self | {"hit_rate": self.hit_rate}).items()
+        }
+
+    def as_prometheus(self, labels: Mapping[str, str] | None = None, prefix: str = "kvjax_") -> str:
+        """The numbers in Prometheus' text format: for an endpoint, or a file that is collected.
+
+        Args:
+          labels: of every number. For several stores see `kvjax.store.statistics.prometheus`.
+          prefix: of all names.
+
+        Raises:
+          ValueError: a label or the prefix is no name of Prometheus'.
+        """
+        return prometheus([(labels or {}, self)], prefix)
+
     def __str__(self) -> str:
-        queries = max(self["queries"], 1)
-        hits = self["root_pool_hits"] + self["node_pool_hits"]
         width = max(map(len, self))
         lines = [f"{name:<{width}}  {value:>12,}" for name, value in self.items()]
-        return "\n".join([*lines, f"{'hit rate':<{width}}  {hits / queries:>12.1%}"])
+        return "\n".join([*lines, f"{'hit rate':<{width}}  {self.hit_rate:>12.1%}"])
+
+
+def prometheus(
+    stores: Iterable[tuple[Mapping[str, str], Mapping[str, int]]], prefix: str = "kvjax_"
+) -> str:
+    """Statistics of several stores in Prometheus' text format, each described once.
+
+    Args:
+      stores: labels that tell a store from the others, and its statistics.
+      prefix: of all names.
+
+    Raises:
+      ValueError: a label or the prefix is no name of Prometheus'.
+    """
+    stores = list(stores)
+    for name in [prefix, *(name for labels, _ in stores for name in labels)]:
+        is_name = _NAME.fullmatch(name) is not None
+        require(is_name, f"names must be letters, digits and underscores, got {name!r}")
+    lines = []
+    for metric in METRICS:
+        name = f"{prefix}{metric.name}" + ("_total" if metric.kind == "counter" else "")
+        lines += [
+            f"# HELP {name} {metric.meaning} ({metric.unit})",
+            f"# TYPE {name} {metric.kind}",
+            *(f"{name}{_labels(labels)} {values[metric.name]}" for labels, values in stores),
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _labels(labels: Mapping[str, str]) -> str:
+    pairs = (f'{name}="{str(value).translate(_ESCAPED)}"' for name, value in labels.items())
+    return f"{{{','.join(pairs)}}}" if labels else ""
