@@ -96,7 +96,8 @@ def explore(
       seed: the episode is reset with it.
 
     Raises:
-      ValueError: a step below 0, a model whose nodes draw their actions, or what `kvjax.tools.play.play` refuses.
+      ValueError: a step below 0, a model whose nodes draw their actions, or what
+        `kvjax.tools.play.play` refuses.
       OSError: the page cannot be written.
     """
     require(step >= 0, f"step must be at least 0, got {step}")
