@@ -1,0 +1,13 @@
+"""A short evaluation over processes and devices is that of one device."""
+
+import os
+
+import two_processes
+from conftest import HERE
+
+
+def test_as_on_one_device(monkeypatch, capfd):
+    path = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+    monkeypatch.setenv("PYTHONPATH", path)
+    two_processes.main("--episodes", "4", "--simulations", "2")
+    assert "searches as on one device" in capfd.readouterr().out
