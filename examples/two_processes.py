@@ -1,8 +1,8 @@
 """One batch of environments over two processes of two devices each, as over the hosts of a cluster.
 
 Every process plays the environments whose rows lie on its own devices, and calls `kvjax.search`
-like anybody else: contexts lie on a mesh of all four, and nothing moves between them. Afterwards one
-device plays the same episodes, and every action and all visits must be the same.
+like anybody else: contexts lie on a mesh of all four, and nothing moves between them. One device
+plays the same episodes beside them, and every action and all visits must be the same.
 
     python examples/two_processes.py --episodes 8 --simulations 25
 """
@@ -75,10 +75,12 @@ def shards(array):
 
 
 def local(array):
+    """The rows that are here: numpy."""
     return np.concatenate([shard.data for shard in shards(array)])
 
 
 def local_rows(array):
+    """Which rows are here: a slice."""
     first, *_, last = [shard.index[0] for shard in shards(array)] * 2
     return slice(first.start, last.stop)
 
@@ -114,15 +116,16 @@ def main(*words):
             subprocess.Popen([*command, str(how[1]), "--process", str(number), address, folder])
             for number in range(PROCESSES)
         ]
-        wanted = play(*how)
-        assert not any([process.wait() for process in both])
+        try:
+            visits, actions = play(*how)
+            assert [process.wait() for process in both] == [0] * PROCESSES
+        finally:
+            for process in both:
+                process.kill()
         parts = [np.load(Path(folder) / f"{number}.npz") for number in range(PROCESSES)]
-        found = [
-            np.concatenate([part[name] for part in parts], 1) for name in ("visits", "actions")
-        ]
-    for ours, theirs in zip(found, wanted, strict=True):
-        np.testing.assert_array_equal(ours, theirs)
-    returns = (wanted[1] >= 0).sum(axis=0)
+    for name, wanted in {"visits": visits, "actions": actions}.items():
+        np.testing.assert_array_equal(np.concatenate([part[name] for part in parts], 1), wanted)
+    returns = (actions >= 0).sum(axis=0)
     print(f"returns {returns.tolist()}: all {returns.sum()} searches as on one device")
 
 
