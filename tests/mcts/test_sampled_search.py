@@ -112,6 +112,19 @@ def test_rows_restart_alone_and_broken_ones_are_reported(name):
     assert told.finite.tolist() == [False, True]
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_a_broken_policy_breaks_its_node_and_no_other(name):
+    """What would be drawn of NaN is NaN, or some action; the value tells, by the prior."""
+    config = MODELS[name]
+    policy = np.zeros((4, config.policy_size), np.float32)
+    policy[:, 1] = [0.0, np.nan, np.inf, -np.inf]  # a logit of -inf is as good as any
+    logits = np.asarray(sampling.uniform(jnp.asarray(policy), config))
+    assert logits.shape == (4, 4)
+    broken = [False, True, True, config.is_continuous]
+    assert np.isnan(logits).all(axis=1).tolist() == broken
+    np.testing.assert_array_equal(logits[0], 0.0)
+
+
 def test_the_law_of_gaussian_draws():
     """Means and deviations of what a tanh has squashed; the clip; [-1, 1]."""
     policy = jnp.array([[0.3, -1.0, 0.5, 0.2], [9.0, 0.0, 1.0, 2.0]])
