@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt
 
-.PHONY: play test test-full lint clean
+.PHONY: play test test-full lint docs clean
 
 play: $(VENV)/.installed-play
 	$(VENV)/bin/kvjax play
@@ -20,6 +20,11 @@ lint: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+# The pages of docs/ as a site in .site; a broken link or an unknown name is an error.
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --quiet
+	@echo "look at it: $(VENV)/bin/python -m http.server --directory .site 8000"
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"kvjax needs Python 3.11 or later, got {sys.version}"'
@@ -38,5 +43,9 @@ $(VENV)/.installed-test: $(VENV)/.installed-play
 	$(PIP) --no-deps lightzero DI-engine DI-treetensor DI-toolkit
 	@touch $@
 
+$(VENV)/.installed-docs: $(VENV)/.installed-play
+	$(PIP) -e '.[gif,docs]'
+	@touch $@
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) .site

@@ -135,7 +135,7 @@ class WindowConfig:
     num_layers: int  # L
     num_heads: int  # H
     head_dim: int  # D
-    dtype: str = "float32"
+    dtype: str = "float32"  # of keys and values
     raw_size: int | None = None
     block: int = BLOCK  # K, tokens that a step adds
 
@@ -228,10 +228,10 @@ class WorldModelConfig:
     layout: Layout = "0.2.0"
     encoder_norm: Norm = "simnorm"
     latent_norm: Norm = "simnorm"
-    simnorm_group: int = 8
+    simnorm_group: int = 8  # numbers that one of SimNorm's softmaxes runs over
     dtype: str = "float32"  # of the stored window
     window_mode: WindowMode = "learned"
-    rope_theta: float = 10000.0
+    rope_theta: float = 10000.0  # base of rotary angles
     image_shape: tuple[int, int, int] | None = None  # channels, height, width
     image_channels: int = 64  # of the image encoder's feature planes
     image_blocks: int = 1  # residual blocks behind the image encoder's last pooling
@@ -445,14 +445,14 @@ class SearchConfig:
       ValueError: a value lies outside its range, or the tree has no use for it.
     """
 
-    num_simulations: int = 25
+    num_simulations: int = 25  # of one search, each of which makes a node
     tree: Tree = "lightzero"
-    discount: float = 0.997
+    discount: float = 0.997  # of a step, in (0, 1]
     noise_fraction: float = 0.0
-    dirichlet_alpha: float = 0.3
+    dirichlet_alpha: float = 0.3  # of the root noise
     temperature: float = 0.0
-    pb_c_init: float = 1.25
-    pb_c_base: float = 19652.0
+    pb_c_init: float = 1.25  # weight of the prior in an edge's score
+    pb_c_base: float = 19652.0  # visits from which that weight grows
     max_depth: int | None = None  # edges below the root
     kept_nodes: int = 0
     q_transform: str | Callable[..., Any] | None = None

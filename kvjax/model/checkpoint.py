@@ -56,9 +56,9 @@ Tensors = dict[str, np.ndarray[Any, Any]]
 class Checkpoint:
     """A world model, and the environment that it plays if that is known."""
 
-    config: WorldModelConfig
-    params: Params
-    environment: EnvironmentConfig | None = None
+    config: WorldModelConfig  # shapes and variant
+    params: Params  # the Flax variables
+    environment: EnvironmentConfig | None = None  # that it plays
     notes: tuple[str, ...] = ()  # what whoever runs it should know; told when it is loaded
 
 
