@@ -33,6 +33,9 @@ ACTIONS, SEED = 6, 0
 NEAR_TIE = 5e-5
 """Values of about -10 are exact to 1e-5, and the scores of a tree that spans 0.5 to twice that."""
 
+VALUE_ERROR = 5e-3
+"""Of a root's value; below the root a near tie may go unseen by its visits."""
+
 
 def model_of(shape, actions=ACTIONS):
     return WorldModelConfig(64, 2, 4, actions, 8, 20, image_shape=shape)
@@ -188,6 +191,12 @@ def begin_again(agent, steps, search):
     return tree, nodes.network(carried, agent.config)
 
 
+def values_by_near_ties(begin):
+    """Root values of a search, had it chosen the second best where two are nearly as good."""
+    _, margins = near_ties._replay(begin, None)
+    return [reference_tree.root_value(near_ties._replay(begin, tie)[0]) for tie in margins]
+
+
 @needs_lightzero
 def test_pong_is_played_as_lightzero_plays_it(recorded, monkeypatch):
     """Frames, visits and moves of LightZero's games, model and tree; its ties take the first."""
@@ -214,6 +223,11 @@ def test_pong_is_played_as_lightzero_plays_it(recorded, monkeypatch):
             pair = [routes.Answer(*(x[0] for x in y)) for y in (answer, [found[n] for n in names])]
             begin = functools.partial(begin_again, agent, steps[: t + 1], search)
             compared.append(compare(f"seed {seed}, step {t}", *pair, begin))
+            ours, wanted = (answer.root_value for answer in pair)
+            if abs(ours - wanted) > VALUE_ERROR:
+                others = values_by_near_ties(begin)
+                print(f"seed {seed}, step {t}: {ours} is {wanted}, near ties make {others}")
+                assert min(abs(value - wanted) for value in others) < VALUE_ERROR
             assert not done
             seen, reward, done = theirs.step(int(answer.action[0]))
             score += reward
@@ -224,7 +238,6 @@ def test_pong_is_played_as_lightzero_plays_it(recorded, monkeypatch):
     print(len(compared), "steps,", len(unlike), "of other visits:", unlike)
     assert all(one.tie for one in unlike)
     assert len(unlike) <= 0.01 * len(compared)
-    assert max(abs(one.ours.root_value - one.recorded.root_value) for one in compared) < 5e-3
     assert len({int(one.ours.action) for one in compared}) > 1
     assert len({tuple(one.ours.visits.tolist()) for one in compared}) > 2
 
