@@ -27,7 +27,9 @@ weights, as wide and deep as it says. Then kvjax
 * **verifies** a trace of it, recorded by `kvjax.lightzero.record_trace`; the largest error of all,
 * **attaches** to it, in shadow: of how many comparisons with LightZero's own caches all agree.
 
-`python docs/make_zoo.py FOLDER` writes this page, `tests/lightzero/test_zoo.py` holds some of it.
+Where LightZero does not build its own file as it stands, the patch that lets it is named beside the
+model. `python docs/make_zoo.py FOLDER` writes this page, `tests/lightzero/test_zoo.py` holds some of
+it.
 """
 
 
@@ -49,7 +51,8 @@ def table(title, found):
     lines = [f"\n## {title}\n", "| configuration | model | " + " | ".join(COLUMNS) + " |"]
     lines.append("|---" * (2 + len(COLUMNS)) + "|")
     for row in found:
-        cells = (f"`{row['name']}`", row["model"], *(row[column] for column in COLUMNS))
+        model = f"{row['model']}; patched: {row['patches']}" if row["patches"] else row["model"]
+        cells = (f"`{row['name']}`", model, *(row[column] for column in COLUMNS))
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 

@@ -9,6 +9,8 @@ import contextlib
 import copy
 import dataclasses
 import importlib
+import importlib.machinery
+import inspect
 import io
 import json
 import logging
@@ -18,6 +20,7 @@ import tempfile
 import types
 import warnings
 from pathlib import Path
+from unittest import mock
 
 import jax
 import numpy as np
@@ -40,6 +43,8 @@ LEAST = {"env_num": ROWS, "num_simulations": 10, "device": "cpu"}
 UNSAID = {
     "final_norm_option_in_obs_head": "LayerNorm",
     "final_norm_option_in_encoder": "LayerNorm",
+    "task_embed_option": None,
+    "lora_r": 0,
 }
 """What main's classes read where its policy says it and a configuration does not."""
 
@@ -53,6 +58,13 @@ CLASSES = {
 """Module and class of the model that a policy trains."""
 
 
+STAND_INS = (
+    *("transformers", "transformers.modeling_outputs", "nltk", "nltk.translate"),
+    *("nltk.translate.bleu_score", "sklearn", "sklearn.manifold", "sklearn.cluster"),
+)
+"""What main imports for language models and pictures."""
+
+
 class Captured(Exception):  # noqa: N818
     """What a configuration file would train."""
 
@@ -63,6 +75,7 @@ class Row:
 
     name: str
     model: str
+    patches: str = ""  # of LightZero, without which it does not build its own file
     loads: str = ""
     searches: str = ""
     verifies: str = ""
@@ -99,6 +112,7 @@ def _trained_by(file):
     entry.__getattr__ = offered
     with contextlib.ExitStack() as stack:
         stack.enter_context(quiet())
+        stack.enter_context(mock.patch("ding.utils.DDPContext", contextlib.nullcontext))
         stack.callback(setattr, sys, "argv", sys.argv)
         stack.callback(sys.modules.__setitem__, entry.__name__, sys.modules.get(entry.__name__))
         sys.argv, sys.modules[entry.__name__] = [str(file)], entry
@@ -113,6 +127,7 @@ def _trained_by(file):
 
 def _defaults(policy):
     """The model's settings in a policy's class, read from its source: it imports much."""
+    policy = policy.removesuffix("_ppo")  # whose class changes none of them
     (root,) = importlib.util.find_spec("lzero").submodule_search_locations
     tree = ast.parse((Path(root) / "policy" / f"{policy}.py").read_text())
     nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Assign)]
@@ -131,20 +146,64 @@ def _merged(default, said):
 
 
 def build(model, policy):
-    """A model with random weights."""
+    """A model with random weights, and the patches that it took."""
     import torch
     from easydict import EasyDict
 
-    module, name = CLASSES[policy]
+    name, class_name = CLASSES[policy]
     torch.set_num_threads(1)
     with quiet(), torch.no_grad():
         torch.manual_seed(0)
-        made = getattr(importlib.import_module(f"lzero.model.{module}"), name)(**EasyDict(model))
+        module = importlib.import_module(f"lzero.model.{name}")
+        with patched(module) as patches:
+            made = getattr(module, class_name)(**EasyDict(model))
         for weight in made.parameters():
             weight.add_(torch.randn_like(weight), alpha=NOISE)
         if hasattr(made.world_model, "pos_emb"):  # else positions are rotary
             made.world_model.precompute_pos_emb_diff_kv()
-    return made.eval()
+    return made.eval(), ", ".join(sorted(patches))
+
+
+@contextlib.contextmanager
+def patched(module):
+    """Lets a module of LightZero make what it cannot make as it stands; tells what was needed."""
+    patches = set()
+    with contextlib.ExitStack() as stack:
+        for name in ("RepresentationNetworkMLP", "VectorDecoderForMemoryEnv"):
+            if hasattr(module, name):
+                made = _without_unknown(getattr(module, name), patches)
+                stack.enter_context(mock.patch.object(module, name, made))
+        if hasattr(module, "Tokenizer"):
+            made = _with_lpips(module.Tokenizer, patches)
+            stack.enter_context(mock.patch.object(module, "Tokenizer", made))
+        yield patches
+
+
+def _without_unknown(made, patches):
+    known = inspect.signature(made).parameters
+
+    def make(*args, **options):
+        if "output_shape" in options and "output_dim" in known:
+            patches.add(f"`output_dim` of {made.__name__}")
+            options["output_dim"] = options.pop("output_shape")
+        unknown = options.keys() - known.keys()
+        patches.update(f"no `{name}` of {made.__name__}" for name in unknown)
+        return made(*args, **{name: options[name] for name in options.keys() - unknown})
+
+    return make
+
+
+def _with_lpips(made, patches):
+    def make(*args, **options):
+        import torch
+
+        tokenizer = made(*args, **options)
+        if "lpips" in vars(tokenizer) and tokenizer.lpips is None:
+            patches.add("an empty `lpips`")
+            tokenizer.lpips = torch.nn.Identity()
+        return tokenizer
+
+    return make
 
 
 @contextlib.contextmanager
@@ -274,7 +333,7 @@ def tried(name, file, folder):
     try:
         model, policy = settings(file)
         row.model = described(model)
-        built = build(model, policy)
+        built, row.patches = build(model, policy)
     except Exception as error:  # LightZero's own
         row.loads = f"LightZero does not build it: {_line(error)}"
         return row
@@ -291,8 +350,17 @@ def _line(error):
     return f"{type(error).__name__}: {error}".split("\n")[0]
 
 
+def _stand_in(*names):
+    """Modules that main imports and no model here calls, where they are not installed."""
+    absent = {x for x in names if "." not in x and importlib.util.find_spec(x) is None}
+    for name in names:
+        if name.partition(".")[0] in absent:
+            sys.modules[name] = mock.MagicMock(__spec__=importlib.machinery.ModuleSpec(name, None))
+
+
 def main():
     """Prints the rows of the LightZero that is imported, a JSON object each."""
+    _stand_in(*STAND_INS)
     with tempfile.TemporaryDirectory() as folder:
         for name, file in files().items():
             print(json.dumps(dataclasses.asdict(tried(name, file, folder))), flush=True)

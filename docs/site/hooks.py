@@ -1,4 +1,4 @@
-"""What mkdocs does not do by itself: pages of notebooks, examples and files beside docs/, and links.
+"""What mkdocs does not do by itself: pages of notebooks, examples, files beside docs/, and links.
 
 Links in docs/ are written for a reader of the repository (`../notebooks/01_windows.ipynb`); here
 they are turned to the pages that come of what they point to. A name of the API that is written as
