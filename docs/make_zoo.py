@@ -28,8 +28,8 @@ weights, as wide and deep as it says. Then kvjax
 * **attaches** to it, in shadow: of how many comparisons with LightZero's own caches all agree.
 
 Where LightZero does not build its own file as it stands, the patch that lets it is named beside the
-model. `python docs/make_zoo.py FOLDER` writes this page, `tests/lightzero/test_zoo.py` holds some of
-it.
+model. `python docs/make_zoo.py FOLDER` writes this page, `tests/lightzero/test_zoo.py` holds some
+of it.
 """
 
 

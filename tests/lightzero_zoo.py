@@ -154,9 +154,12 @@ def build(model, policy):
     torch.set_num_threads(1)
     with quiet(), torch.no_grad():
         torch.manual_seed(0)
-        module = importlib.import_module(f"lzero.model.{name}")
-        with patched(module) as patches:
+        module, patches = importlib.import_module(f"lzero.model.{name}"), set()
+        try:
             made = getattr(module, class_name)(**EasyDict(model))
+        except Exception:  # LightZero's own
+            with patched(module) as patches:
+                made = getattr(module, class_name)(**EasyDict(model))
         for weight in made.parameters():
             weight.add_(torch.randn_like(weight), alpha=NOISE)
         if hasattr(made.world_model, "pos_emb"):  # else positions are rotary
