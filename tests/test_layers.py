@@ -16,7 +16,8 @@ MAY_IMPORT = {
     "model": {"config", "base", "ops"},
     "mcts": {"config", "base", "ops", "store", "model"},
     "lightzero": {"config", "base", "ops", "store", "model"},
-    "tools": {"config", "base", "ops", "store", "model", "mcts", "lightzero", "kvjax"},
+    "train": {"config", "base", "ops", "model", "mcts"},
+    "tools": {"config", "base", "ops", "store", "model", "mcts", "lightzero", "train", "kvjax"},
 }
 """Which package may import which; a storage knows no model, a tree no storage's insides."""
 

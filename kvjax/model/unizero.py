@@ -316,6 +316,16 @@ def sequence(model: UniZero, x: jax.Array, *, config: WorldModelConfig) -> Cache
     Args:
       x: [E, B, T], centred, without positions.
     """
+    return sequence_stream(model, x, config=config)[1]
+
+
+def sequence_stream(
+    model: UniZero, x: jax.Array, *, config: WorldModelConfig
+) -> tuple[jax.Array, Cached]:
+    """As `sequence`, and the stream [E, B, T] behind the last layer, centred and not normalised.
+
+    Tokens of a rotary model are turned by their positions, too.
+    """
     embed_dim, batch, length = x.shape
     heads = (3, config.num_heads, config.window.head_dim, batch, length)
     causal = jnp.tril(jnp.ones((length, length), bool))
@@ -324,6 +334,8 @@ def sequence(model: UniZero, x: jax.Array, *, config: WorldModelConfig) -> Cache
     x, own = x.reshape(embed_dim, -1), []
     for block in model.blocks:
         query, key, value = _apply(block.qkv, x, _rstd(x)).reshape(heads)  # [H, D, B, T] each
+        if config.is_rotary:
+            query, key = (_rotate_sequence(part, config) for part in (query, key))
         scores = jnp.einsum("hdbq,hdbk->bhqk", query, key)
         weights = jax.nn.softmax(jnp.where(causal[None, None], scores, -jnp.inf), axis=-1)
         read = jnp.einsum("bhqk,hdbk->hdbq", weights, value).reshape(embed_dim, -1)
@@ -333,7 +345,17 @@ def sequence(model: UniZero, x: jax.Array, *, config: WorldModelConfig) -> Cache
             part.transpose(2, 3, 0, 1).reshape(batch, length, -1) for part in (key, value)
         )
         own.append((keys, values))
-    return tuple(own)
+    return x.reshape(embed_dim, batch, length), tuple(own)
+
+
+def _rotate_sequence(part: jax.Array, config: WorldModelConfig) -> jax.Array:
+    """Turns queries or keys [H, D, B, T] by positions 0 .. T - 1."""
+    head_dim, length = part.shape[1], part.shape[-1]
+    turn = functools.partial(position.rotation, head_dim=head_dim, theta=config.rope_theta)
+    rotations = jax.vmap(turn)(jnp.arange(length, dtype=jnp.int32))  # [T, 2, D / 2]
+    heads = part.transpose(2, 3, 0, 1)
+    turned = jax.vmap(jax.vmap(position.rotate), in_axes=(0, None))(heads, rotations)
+    return turned.transpose(2, 3, 0, 1)
 
 
 def _attend(

@@ -90,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_play(commands)
     _add_explore(commands)
+    _add_train(commands)
 
     verify = _command(commands, "verify", _verify, "replay a recorded LightZero trace")
     verify.add_argument("trace", metavar="TRACE.npz")
@@ -163,6 +164,28 @@ def _add_explore(commands: Any) -> None:
     explore.add_argument("--seed", type=int, default=0, help="the episode is reset with it")
 
 
+def _add_train(commands: Any) -> None:
+    train = _command(commands, "train", _train, "train an agent from nothing")
+    train.add_argument("--env", required=True, help="cartpole or cartpole_masked")
+    train.add_argument("--output", required=True, metavar="DIR", help="takes agents and curves")
+    train.add_argument("--seed", type=int, default=0)
+    train.add_argument(
+        "--target",
+        type=float,
+        help="mean return that ends the run (default: the environment's; inf for none)",
+    )
+    train.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a field of TrainConfig, as in --set learning_rate=1e-3",
+    )
+    train.add_argument(
+        "--resume", action="store_true", help="go on with what DIR holds, if it holds a run"
+    )
+
+
 def _add_route(parser: argparse.ArgumentParser) -> None:
     text = "the tree in one jit, or on the host"
     parser.add_argument("--route", choices=ROUTES, default="tree", help=text)
@@ -228,6 +251,41 @@ def _explore(args: argparse.Namespace) -> int:
     else:
         ended = "" if explored.step == args.step else ", the episode's last"
         print(f"{args.output}: step {explored.step}{ended}, action {explored.action}")
+    return 0
+
+
+def _train(args: argparse.Namespace) -> int:
+    from kvjax.tools.training import config_of, show_row, target_of
+    from kvjax.train import train
+
+    config = config_of(args.set)
+    with progress_bar() as bar:
+        task = bar.add_task("compiling", total=1.0)
+        summary = train(
+            args.env,
+            config,
+            output=args.output,
+            seed=args.seed,
+            target=target_of(args.env) if args.target is None else args.target,
+            resume=args.resume,
+            progress=lambda row, share: bar.update(
+                task, completed=share, description=show_row(row)
+            ),
+        )
+    if args.json:
+        print_json(dataclasses.asdict(summary))
+        return 0
+    reached = summary.reached_target_at
+    rows = {
+        "returns": " ".join(f"{score:g}" for score in summary.returns),
+        "mean return": f"{summary.mean_return:.1f}",
+        "environment steps": str(summary.env_steps),
+        "target": "not reached" if reached is None else f"reached after {reached} steps",
+        "compile time": f"{summary.compile_seconds:.1f} s",
+        "whole run": f"{summary.seconds:.1f} s",
+        "best agent": str(Path(args.output) / "best.safetensors"),
+    }
+    print_table("kvjax train", rows)
     return 0
 
 
