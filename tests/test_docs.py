@@ -4,7 +4,9 @@ import ast
 import dataclasses
 import importlib
 import inspect
+import json
 import os
+import posixpath
 import re
 import subprocess
 import sys
@@ -24,7 +26,11 @@ ERRORS = (DOCS / "errors.md").read_text()
 ARCHITECTURE = (DOCS / "architecture.md").read_text()
 COMPOSITION = (DOCS / "composition.md").read_text()
 ANY_MODEL = (DOCS / "any_model.md").read_text()
-README = (ROOT / "README.md").read_text()
+README_FILE, CHANGES = ROOT / "README.md", ROOT / "CHANGELOG.md"
+README = README_FILE.read_text()
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
+sys.path.append(str(DOCS / "site"))
+hooks = importlib.import_module("hooks")
 CHEAP = ("tests/ops/test_window.py", "tests/ops/test_position.py", "tests/ops/test_hashing.py")
 
 
@@ -110,26 +116,134 @@ def test_the_picture_is_current():
 
 
 def test_files_that_the_pages_name_exist():
-    text = README + ARCHITECTURE
+    text = README + ARCHITECTURE + CONTRIBUTING
     names = re.findall(r"`((?:[\w]+/)*\w+\.(?:py|ipynb|md|svg))`", text)
     assert len(names) > 10
     missing = [n for n in names if not ((ROOT / n).exists() or (ROOT / "kvjax" / n).exists())]
     assert not missing
-    for page, folder in ((README, ROOT), (ARCHITECTURE, DOCS), (ANY_MODEL, DOCS)):
-        links = re.findall(r"\]\((?!http)([^)#]+)\)", page)
-        assert not [name for name in links if not (folder / name).exists()]
+    assert not [name for name in re.findall(r"`(kvjax\.[\w.]+)`", ANY_MODEL) if not lookup(name)]
 
 
-def test_a_transformer_of_ones_own(capsys):
-    """The page's Python runs as printed, one block after the other, and what it names exists."""
-    blocks, names = re.findall(r"```python\n(.*?)```", ANY_MODEL, re.DOTALL), {}
-    for block in blocks:
-        exec(compile(block, "docs/any_model.md", "exec"), names)
-    assert len(blocks) == 6
-    assert capsys.readouterr().out.startswith("[")
-    assert [lookup(name) for name in re.findall(r"`(kvjax\.[\w.]+)`", ANY_MODEL)]
-    anchors = {title.lower().replace(" ", "-") for title in re.findall(r"## (.*)", ANY_MODEL)}
-    assert set(re.findall(r"\]\(#([^)]+)\)", ANY_MODEL)) <= anchors
+def anchors(text):
+    """Those of a page's headings, as sites and repositories make them."""
+    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def links(text):
+    """Targets of a page's links and pictures, and their anchors; code has none."""
+    prose = re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.DOTALL)
+    return re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)]*))?\)", prose)
+
+
+def prose_of(path):
+    """A page's markdown; a notebook's, without its code."""
+    if path.suffix != ".ipynb":
+        return path.read_text()
+    cells = json.loads(path.read_text())["cells"]
+    return "\n".join("".join(x["source"]) for x in cells if x["cell_type"] == "markdown")
+
+
+PAGES = [README_FILE, CHANGES, ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
+PAGES += sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    """In the repository, and on the site once its hooks have turned them."""
+    told = prose_of(page)
+    for name, anchor in links(told):
+        target = (page.parent / name).resolve() if name else page
+        assert target.exists(), name
+        if anchor and target.suffix == ".md":
+            assert anchor in anchors(target.read_text()), f"{name}#{anchor}"
+    if page == README_FILE:
+        return
+    source = str(page.relative_to(ROOT))
+    here = hooks.page_of(source)
+    for name, _ in links(hooks.relinked(told, source, here)):
+        there = posixpath.normpath(posixpath.join(posixpath.dirname(here), name)) if name else here
+        assert (DOCS / there).exists() or there in hooks.sources(), name
+
+
+def test_links_are_turned_to_where_pages_lie_on_the_site():
+    text = "[a](../notebooks/01_windows.ipynb#b) [c](../../CHANGELOG.md) [d](https://e.f) `x`(g.py)"
+    turned = hooks.relinked(text, "docs/api/search.md", "api/search.md")
+    assert turned == text.replace("../../CHANGELOG.md", "../changes.md")
+    turned = hooks.relinked(text, "docs/windows.md", "windows.md")
+    assert turned.startswith("[a](notebooks/01_windows.md#b) [c](../../CHANGELOG.md)")
+    named = hooks._named("`kvjax.search` [`kvjax.search`](x) `kvjax.no`", {"kvjax.search"})
+    assert named == "[`kvjax.search`][kvjax.search] [`kvjax.search`](x) `kvjax.no`"
+
+
+def test_notebooks_become_pages_with_their_outputs():
+    text, pictures = hooks._page(ROOT / "notebooks" / "02_search.ipynb", "notebooks/02_search.md")
+    assert list(pictures) == ["notebooks/02_search_0.png"]
+    assert pictures["notebooks/02_search_0.png"].startswith(b"\x89PNG")
+    assert text.count("```") % 2 == 0
+    assert "](02_search_0.png)" in text
+    assert '<div class="output" markdown="0">' in text
+
+
+def test_every_page_has_its_place_on_the_site():
+    nav = (ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")[2].partition("\n\n")[0]
+    placed = re.findall(r"(\S+\.md)$", nav, re.MULTILINE)
+    pages = {str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md")} | set(hooks.sources())
+    assert sorted(placed) == sorted(pages)
+
+
+def test_every_public_name_has_its_place_in_the_api():
+    told = "".join(path.read_text() for path in sorted((DOCS / "api").glob("*.md")))
+    entries = re.findall(r"^::: (\S+)$", told, re.MULTILINE)
+    assert len(set(entries)) == len(entries)
+    assert all(lookup(name) is not None for name in entries)
+    top = {f"kvjax.{name}": getattr(kvjax, name) for name in kvjax.__all__}
+    names = {name for name, value in top.items() if not inspect.ismodule(value)}
+    for name in top.keys() - names:
+        module = top[name]
+        names |= {f"{name}.{part}" for part in getattr(module, "__all__", defined_in(module))}
+    assert len(names) > 40
+    assert not names - set(entries)
+
+
+def defined_in(module):
+    """Functions and public classes that a module without a list of names makes itself."""
+    made = {name: x for name, x in vars(module).items() if not name.startswith("_")}
+    return [name for name, x in made.items() if getattr(x, "__module__", "") == module.__name__]
+
+
+CONFIGURATIONS = [
+    kvjax.SearchConfig,
+    kvjax.WindowConfig,
+    kvjax.WorldModelConfig,
+    kvjax.checkpoint.Checkpoint,
+]
+
+
+@pytest.mark.parametrize("kind", CONFIGURATIONS)
+def test_fields_of_configurations_are_told(kind):
+    """In the docstring, or in the comment behind them, which the site lists."""
+    source, told = inspect.getsource(kind), inspect.getdoc(kind)
+    for field in dataclasses.fields(kind):
+        line = re.search(rf"^    {field.name}: .*$", source, re.MULTILINE)[0]
+        assert "#" in line or f"`{field.name}`" in told, field.name
+
+
+def test_the_table_of_statistics_is_current():
+    sys.path.append(str(DOCS))
+    import make_statistics
+
+    assert make_statistics.table() in (DOCS / "statistics.md").read_text()
+
+
+def test_the_page_of_a_search_is_current():
+    """But for its numbers, which are rounded here and there."""
+    template = (ROOT / "kvjax" / "mcts" / "explorer.html").read_text()
+    before, after = template.split("/*SEARCH*/")
+    kept = (DOCS / "tree.html").read_text()
+    assert kept.startswith(before.partition("<!--TITLE-->")[0])
+    assert kept.endswith(after)
+    assert before.partition("<!--TITLE-->")[2] in kept
 
 
 def public():

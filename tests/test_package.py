@@ -29,6 +29,7 @@ def test_version(capsys):
     assert ended.value.code == 0
     assert capsys.readouterr().out == f"kvjax {kvjax.__version__}\n"
     assert re.fullmatch(r"\d+\.\d+\.\d+", kvjax.__version__)
+    assert f"\nversion: {kvjax.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 def test_a_package_index_is_shown_no_picture_and_no_link_that_it_lacks():

@@ -193,11 +193,18 @@ def attached():
     return model
 
 
+def by_kvjax():
+    model = build()
+    lightzero.attach(model.world_model)
+    return model
+
+
 @pytest.mark.parametrize(
     ("make", "options", "message"),
     [
         (untrained, {"simulations": 8}, "two nodes of one step have the same latent"),
         (attached, {"simulations": 8}, "stored no root window: something else manages its caches"),
+        (by_kvjax, {"simulations": 8}, "stored no root window: something else manages its caches"),
         (build, {"rows": 4}, "rows must be at most the model's env_num 3, got 4"),
         (build, {"rows": 0}, "rows must be a positive integer, got 0"),
         (build, {"steps": 0}, "steps must be a positive integer, got 0"),

@@ -31,6 +31,9 @@ _MOST_ROWS = 8
 _DEFAULT_SIMULATIONS = 50  # of LightZero's pools, where the configuration says nothing
 _GO_DEEPER = 0.6  # share of simulations that expand the newest node
 _STEP_OF_A_WALK = 0.5  # in standard deviations of a latent's logits
+_NOT_ITS_OWN = (
+    "the model stored no root window: something else manages its caches, detach that first"
+)
 _LEFT_OUT = ("tokenizer.", "representation_network.", "policy_logits_running_", "head_dict.")
 
 
@@ -199,6 +202,7 @@ class _Session:
         owner, name, window = model, "custom_copy_kv_cache_to_shared_init_envs", "src_kv"
         if manager is not None and getattr(model, "use_new_cache_manager", False):
             owner, name, window = manager, "set_init_cache", "kv_cache"
+        require(getattr(owner, name, None) is not None, _NOT_ITS_OWN)  # attached, had no manager
         store = getattr(owner, name)
 
         def noted(*args: Any, **kwargs: Any) -> Any:
@@ -240,11 +244,7 @@ class _Session:
         return np.concatenate([latent, rest], axis=1)
 
     def _stored_windows(self) -> Arrays:
-        if len(self._windows) < self._envs:
-            raise ValueError(
-                "the model stored no root window: something else manages its caches, detach that"
-                " first"
-            )
+        require(len(self._windows) >= self._envs, _NOT_ITS_OWN)
         windows = [self._windows[env] for env in range(self._envs)]
         stored = {"length": np.array([window.shape[3] for window in windows])}
         for env, (keys, values) in enumerate(windows):
