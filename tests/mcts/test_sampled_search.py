@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import SMALL, random_params
+from conftest import FULL, SMALL, random_params
 
 from kvjax import SearchConfig, init_contexts, init_kept, init_store, search, stats
 from kvjax.mcts import sampling
@@ -47,7 +47,7 @@ def drawn(name, seed=0):
     )
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", MODELS if FULL else ["continuous"])
 def test_the_tree_that_numpy_grows_in_front_of_a_store(name):
     """Three steps of an episode, in the last of which a row begins anew; numpy draws for both."""
     config, model = MODELS[name], random_params(MODELS[name])
@@ -165,6 +165,7 @@ def test_illegal_actions_are_drawn_last_and_never_visited():
     assert all(legal[row, action] for row, action in enumerate(out.action))
 
 
+@pytest.mark.skipif(not FULL, reason="takes 10 s to compile")
 def test_mctxs_policies_search_what_was_drawn():
     options = SearchConfig(num_simulations=6, tree="gumbel")
     _, out = searched("continuous", search=options)
