@@ -169,6 +169,7 @@ def _add_train(commands: Any) -> None:
     train.add_argument("--env", required=True, help="cartpole or cartpole_masked")
     train.add_argument("--output", required=True, metavar="DIR", help="takes agents and curves")
     train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--max-env-steps", type=int, default=20_000, help="default: 20000")
     train.add_argument(
         "--target",
         type=float,
@@ -266,6 +267,7 @@ def _train(args: argparse.Namespace) -> int:
             config,
             output=args.output,
             seed=args.seed,
+            max_env_steps=args.max_env_steps,
             target=target_of(args.env) if args.target is None else args.target,
             resume=args.resume,
             progress=lambda row, share: bar.update(

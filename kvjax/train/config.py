@@ -17,7 +17,7 @@ from kvjax.train.environments import Environment
 LATENT_LOSSES = ("group_kl", "mse")
 
 _COUNTS: tuple[str, ...] = ("num_envs", "collect_steps", "replay_size", "updates", "batch_size")
-_COUNTS += ("unroll_steps", "td_steps", "max_env_steps", "eval_episodes", "eval_every")
+_COUNTS += ("unroll_steps", "td_steps", "eval_episodes", "eval_every")
 _WEIGHTS: tuple[str, ...] = ("latent_weight", "reward_weight", "policy_weight", "value_weight")
 _WEIGHTS += ("entropy_weight", "weight_decay")
 
@@ -73,7 +73,6 @@ class TrainConfig:
     window_mode: WindowMode = "rope_consistent"  # rotary_emb
 
     # The run
-    max_env_steps: int = 20_000  # max_env_step
     eval_episodes: int = 20  # n_evaluator_episode
     eval_every: int = 2  # iterations; LightZero counts updates (eval_freq)
 

@@ -40,6 +40,7 @@ class Predictions:
     value: jax.Array
 
 
+@functools.partial(jax.jit, static_argnames="config")
 def initial_params(rng: jax.Array, config: WorldModelConfig) -> Params:
     """Weights as LightZero begins with them: narrow, and heads that say nothing yet.
 

@@ -9,13 +9,14 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from kvjax.base.compilation import known_options, on_cpu
-from kvjax.base.values import require
+from kvjax.base.values import require, require_count
 from kvjax.mcts.search import is_narrow
 from kvjax.model import checkpoint
 from kvjax.model.checkpoint import Checkpoint
@@ -90,6 +91,7 @@ def train(
     *,
     output: str | Path,
     seed: int = 0,
+    max_env_steps: int = 20_000,
     target: float | None = None,
     resume: bool = False,
     progress: Callable[[Row, float], None] = lambda row, share: None,
@@ -105,6 +107,7 @@ def train(
       config: how to train.
       output: a folder, which is made if it is missing.
       seed: of weights, environments and searches.
+      max_env_steps: steps of all environments together, after which the run ends (max_env_step).
       target: mean return at which the run ends, if the same agent reaches it in as many episodes
         again.
       resume: go on with the run that the folder holds, if it holds one.
@@ -121,10 +124,12 @@ def train(
     require(0 <= seed <= LAST_SEED, f"seed must be in 0 .. {LAST_SEED}, got {seed}")
     if importlib.util.find_spec("matplotlib") is None:
         raise ImportError("training draws its curve by matplotlib: pip install 'kvjax[train]'")
+    require_count("max_env_steps", max_env_steps)
     setup = Setup(environment, TrainConfig() if config is None else config)
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
-    run = _Run(setup, seed, folder, target, env if isinstance(env, str) else repr(env))
+    name = env if isinstance(env, str) else repr(env)
+    run = _Run(setup, name, seed, folder, max_env_steps, target)
     run.start(resume)
     while run.course.summary is None:
         row, share = run.step()
@@ -140,15 +145,45 @@ def _environment(env: str | Environment) -> Environment:
     return ENVIRONMENTS[env]
 
 
+class _Programs(NamedTuple):
+    begin: Callable[..., Any]
+    iterate: Callable[..., Any]
+    evaluate: Callable[..., Any]
+
+
+@functools.lru_cache(maxsize=1)
+def _compiled(setup: Setup) -> _Programs:
+    """All programs of a run, compiled at the same time; the next run of the same kind has them."""
+    begin, iterate, evaluate = (
+        functools.partial(function, setup=setup)
+        for function in (loop.begin, loop.iterate, loop.evaluate)
+    )
+    key = jax.random.key(0)
+    like = jax.eval_shape(begin, key)
+    options = known_options(is_narrow(setup.model)) if on_cpu() else None
+    lowered = [
+        jax.jit(begin).lower(key),
+        jax.jit(iterate, donate_argnums=0).lower(like, key),
+        jax.jit(evaluate, compiler_options=options).lower(like.learner, key),
+    ]
+    with ThreadPoolExecutor(len(lowered)) as threads:
+        return _Programs(*threads.map(lambda each: each.compile(), lowered))
+
+
 class _Run:
     """A run's host side."""
 
     def __init__(
-        self, setup: Setup, seed: int, folder: Path, target: float | None, name: str
+        self,
+        setup: Setup,
+        name: str,
+        seed: int,
+        folder: Path,
+        max_env_steps: int,
+        target: float | None,
     ) -> None:
-        self.setup, self.folder, self.target, self.name, self.seed = (
-            setup, folder, target, name, seed,
-        )  # fmt: skip
+        self.setup, self.name, self.seed, self.folder = setup, name, seed, folder
+        self.max_env_steps, self.target = max_env_steps, target
         self._begin_key, self._key, self._eval_key = jax.random.split(jax.random.key(seed), 3)
         self.course = _Course()
 
@@ -159,16 +194,24 @@ class _Run:
         told = f"{self.folder} holds a run already: say --resume (resume=True), or another folder"
         require(resume or not found, told)
         begin = functools.partial(loop.begin, setup=self.setup)
+        like = jax.eval_shape(begin, self._begin_key)
         if found:
-            like = jax.eval_shape(begin, self._begin_key)
-            state, about = saving.load(path, like)
-            self._check_same(path, about)
-            self.course = _Course.of_json(about["course"])
-            self.state: TrainState = jax.tree.map(jax.numpy.array, state)
-        else:
-            self.state = jax.jit(begin)(self._begin_key)
+            self._go_on(path, like)
         if self.course.summary is None:
-            self._compile()
+            started = time.perf_counter()
+            self._programs = _compiled(self.setup)
+            self.course.compile_seconds += time.perf_counter() - started
+            if not found:
+                self.state = self._programs.begin(self._begin_key)
+
+    def _go_on(self, path: Path, like: TrainState) -> None:
+        """Takes up a run where its file was written; one that was over may go on for longer."""
+        state, about = saving.load(path, like)
+        self._check_same(path, about)
+        self.state, self.course = jax.tree.map(jnp.array, state), _Course.of_json(about["course"])
+        over = self.course.summary
+        if over and over.reached_target_at is None and over.env_steps < self.max_env_steps:
+            self.course.summary = None
 
     def _about(self) -> dict[str, Any]:
         fields = dataclasses.asdict(self.setup.train) | {"env": self.name, "seed": self.seed}
@@ -176,34 +219,19 @@ class _Run:
 
     def _check_same(self, path: Path, about: dict[str, Any]) -> None:
         said, stored = self._about(), about["run"]
-        may_differ = ("max_env_steps",)
-        for name in said.keys() - may_differ:
+        for name in said:
             same = said[name] == stored.get(name)
             require(same, f"{path} is a run with {name} {stored.get(name)}, got {said[name]}")
-
-    def _compile(self) -> None:
-        started = time.perf_counter()
-        setup = self.setup
-        options = known_options(is_narrow(setup.model)) if on_cpu() else None
-        iterate = jax.jit(functools.partial(loop.iterate, setup=setup), donate_argnums=0)
-        evaluate = jax.jit(functools.partial(loop.evaluate, setup=setup), compiler_options=options)
-        lowered = [
-            iterate.lower(self.state, self._key),
-            evaluate.lower(self.state.learner, self._key),
-        ]
-        with ThreadPoolExecutor(len(lowered)) as threads:
-            self._iterate, self._evaluate = threads.map(lambda each: each.compile(), lowered)
-        self.course.compile_seconds += time.perf_counter() - started
 
     def step(self) -> tuple[Row, float]:
         """An iteration, an evaluation if it is time, and what is written after it."""
         train, started = self.setup.train, time.perf_counter()
-        self.state, report = self._iterate(self.state, self._key)
+        self.state, report = self._programs.iterate(self.state, self._key)
         iteration = int(self.state.iteration)  # waits
         self._check_finite(report, iteration)
         searches = train.steps_per_iteration / (time.perf_counter() - started)
         env_steps = iteration * train.steps_per_iteration
-        is_last = env_steps >= train.max_env_steps
+        is_last = env_steps >= self.max_env_steps
         returns = None
         if is_last or iteration % train.eval_every == 0:
             returns = self._returns(2 * iteration)
@@ -211,7 +239,7 @@ class _Run:
         self.course.rows.append(row)
         if returns is not None:
             self._judge(returns, iteration, is_last)
-        return row, min(1.0, env_steps / train.max_env_steps)
+        return row, min(1.0, env_steps / self.max_env_steps)
 
     def _judge(self, returns: Any, iteration: int, is_last: bool) -> None:
         """Keeps the best agent, ends the run where that is due, and writes everything."""
@@ -232,7 +260,9 @@ class _Run:
         if reached is None:
             best = checkpoint.load(self.folder / BEST)
             learner = dataclasses.replace(self.state.learner, params=best.params)
-            returns = np.asarray(self._evaluate(learner, self._eval_key_of(2 * iteration + 1)))
+            returns = np.asarray(
+                self._programs.evaluate(learner, self._eval_key_of(2 * iteration + 1))
+            )
         course = self.course
         self.course.summary = Summary(
             mean_return=float(np.mean(returns)),
@@ -244,7 +274,7 @@ class _Run:
         )
 
     def _returns(self, number: int) -> Any:
-        return np.asarray(self._evaluate(self.state.learner, self._eval_key_of(number)))
+        return np.asarray(self._programs.evaluate(self.state.learner, self._eval_key_of(number)))
 
     def _eval_key_of(self, number: int) -> jax.Array:
         return jax.random.fold_in(self._eval_key, number)

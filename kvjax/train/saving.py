@@ -54,27 +54,17 @@ def load(path: str | Path, like: Any) -> tuple[Any, dict[str, Any]]:
     return jax.tree.unflatten(jax.tree.structure(like), leaves), about
 
 
-def read_about(path: str | Path) -> dict[str, Any]:
-    """What JSON says in a file, without its arrays.
-
-    Raises:
-      ValueError: it is damaged.
-    """
-    about: dict[str, Any] = json.loads(_read(path, _ABOUT)[_ABOUT].tobytes())
-    return about
-
-
 def _named(tree: Any) -> dict[str, Any]:
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
 
 
-def _read(path: str | Path, *names: str) -> dict[str, Any]:
+def _read(path: str | Path) -> dict[str, Any]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"no such file: {path}")
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            found = {name: archive[name] for name in names or archive.files}
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
+            found = {name: archive[name] for name in archive.files}
             require(_ABOUT in found, "no description")
             return found
     except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:

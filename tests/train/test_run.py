@@ -1,0 +1,172 @@
+"""Whole runs of seconds: what they leave, that they go on bit for bit, and how they end."""
+
+import csv
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from kvjax.model import checkpoint
+from kvjax.tools.play import play
+from kvjax.train import NotFiniteError, collect, loop, saving, train
+from kvjax.train.run import BEST, CURVE, FAILURE, LAST, PICTURE, STATE
+
+LIKE = jax.eval_shape(lambda key: loop.begin(key, tiny.SETUP), jax.random.key(0))
+
+
+def run(folder, config=tiny.TINY, max_env_steps=48, **options):
+    given = {"output": folder, "max_env_steps": max_env_steps} | options
+    return train("cartpole_masked", config, **given)
+
+
+def state(folder):
+    return saving.load(folder / STATE, LIKE)[0]
+
+
+def rows(folder):
+    with (folder / CURVE).open() as file:
+        return list(csv.DictReader(file))
+
+
+class KilledError(Exception):
+    pass
+
+
+def killed_after(count):
+    """A progress that ends a run behind so many iterations, whatever is written by then."""
+    seen = []
+
+    def progress(row, share):
+        seen.append(row)
+        if len(seen) == count:
+            raise KilledError
+
+    return progress
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    traced = []
+    with pytest.MonkeyPatch.context() as patch:
+        play_step = collect.play_step
+        patch.setattr(collect, "play_step", lambda *a, **k: traced.append(1) or play_step(*a, **k))
+        summary = run(folder)
+    return folder, summary, len(traced)
+
+
+def test_what_a_run_leaves(whole):
+    folder, summary, traces = whole
+    names = {path.name for path in folder.iterdir()}
+    assert names == {BEST, LAST, STATE, CURVE, PICTURE}
+    assert summary.env_steps == 48
+    assert summary.reached_target_at is None
+    assert len(summary.returns) == 2
+    assert summary.mean_return == np.mean(summary.returns) >= 8
+    assert 0 < summary.compile_seconds < summary.seconds
+    assert (folder / PICTURE).read_bytes().startswith(b"\x89PNG")
+    course = rows(folder)
+    assert [int(row["env_steps"]) for row in course] == [12, 24, 36, 48]
+    assert [bool(row["mean_return"]) for row in course] == [False, True, False, True]
+    assert traces <= 3  # of the collecting loop, of the evaluating one: none is compiled again
+
+
+def test_the_agent_is_a_checkpoint_like_any_other(whole):
+    folder, _, _ = whole
+    agent, last = checkpoint.load(folder / BEST), checkpoint.load(folder / LAST)
+    assert agent.config == last.config == tiny.SETUP.model
+    assert agent.environment == tiny.ENV.played_as
+    learnt = state(folder).learner.params
+    jax.tree.map(np.testing.assert_array_equal, last.params, learnt)
+    assert play(agent, episodes=1, search_config=tiny.TINY.evaluated).mean_return >= 8
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_killed_run_goes_on_bit_for_bit(whole, tmp_path, count):
+    """After 1 nothing has been written; after 3 the file is that of iteration 2."""
+    with pytest.raises(KilledError):
+        run(tmp_path, progress=killed_after(count))
+    assert (tmp_path / STATE).exists() == (count == 3)
+    summary = run(tmp_path, resume=True)
+    assert summary.returns == whole[1].returns
+    jax.tree.map(np.testing.assert_array_equal, state(tmp_path), state(whole[0]))
+    assert (tmp_path / BEST).read_bytes() == (whole[0] / BEST).read_bytes()
+    timed = {"seconds", "searches_per_second"}
+    for ours, theirs in zip(rows(tmp_path), rows(whole[0]), strict=True):
+        assert {k: v for k, v in ours.items() if k not in timed} == {
+            k: v for k, v in theirs.items() if k not in timed
+        }
+
+
+def test_what_is_over_is_told_again_or_goes_on_for_longer(whole):
+    folder, summary, _ = whole
+    assert run(folder, resume=True) == summary
+    with pytest.raises(KilledError):
+        run(folder, max_env_steps=60, resume=True, progress=killed_after(1))
+
+
+def test_a_folder_that_holds_another_run_is_refused(whole):
+    folder, _, _ = whole
+    with pytest.raises(ValueError, match="holds a run already: say --resume"):
+        run(folder)
+    with pytest.raises(ValueError, match="is a run with seed 0, got 1"):
+        run(folder, seed=1, resume=True)
+    other = dataclasses.replace(tiny.TINY, learning_rate=1e-4)
+    with pytest.raises(ValueError, match="is a run with learning_rate 0.003, got 0.0001"):
+        run(folder, other, resume=True)
+
+
+def test_damaged_states_are_refused(whole, tmp_path):
+    content = (whole[0] / STATE).read_bytes()
+    middle = len(content) // 2
+    spoilt = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+    for damaged in (b"", content[:middle], spoilt):
+        (tmp_path / STATE).write_bytes(damaged)
+        with pytest.raises(ValueError, match="is damaged or no saved run"):
+            run(tmp_path, resume=True)
+
+
+def test_the_target_ends_a_run(tmp_path):
+    summary = run(tmp_path, target=1.0)
+    assert summary.reached_target_at == summary.env_steps == 24
+
+
+def test_nan_ends_a_run_and_is_kept(tmp_path):
+    """As if a reward had been NaN."""
+    with pytest.raises(KilledError):
+        run(tmp_path, progress=killed_after(2))
+    begun, about = saving.load(tmp_path / STATE, LIKE)
+    reward = begun.memory.experience.reward
+    reward[:] = np.nan
+    saving.save(tmp_path / STATE, begun, about)
+    with pytest.raises(NotFiniteError, match="update 0 of iteration 3 met NaN") as raised:
+        run(tmp_path, resume=True)
+    assert raised.value.path == tmp_path / FAILURE
+    with np.load(tmp_path / FAILURE) as kept:
+        assert np.isnan(kept["['batch'].reward"]).any()
+        weights = {k: x for k, x in kept.items() if k.startswith("['learner'].params")}
+    assert len(weights) > 20
+    learnt = jax.tree_util.tree_leaves_with_path({"learner": begun.learner})
+    for path, value in learnt:  # the update that failed was not made
+        name = jax.tree_util.keystr(path)
+        if name in weights:
+            np.testing.assert_array_equal(weights[name], value)
+
+
+def test_what_is_refused_before_anything_is_compiled(tmp_path):
+    with pytest.raises(ValueError, match="env must be one of cartpole, cartpole_masked"):
+        train("pong", output=tmp_path)
+    with pytest.raises(ValueError, match="seed must be in 0"):
+        run(tmp_path, seed=-1)
+    with pytest.raises(ValueError, match="collect_steps must be at least"):
+        dataclasses.replace(tiny.TINY, collect_steps=4)
+    with pytest.raises(ValueError, match="replay_size must be at least"):
+        dataclasses.replace(tiny.TINY, replay_size=11)
+    with pytest.raises(ValueError, match="latent_loss must be one of"):
+        dataclasses.replace(tiny.TINY, latent_loss="kl")
+    with pytest.raises(ValueError, match="value_weight must be at least 0"):
+        dataclasses.replace(tiny.TINY, value_weight=-1.0)
+    with pytest.raises(ValueError, match="target_rate must be in"):
+        dataclasses.replace(tiny.TINY, target_rate=0.0)
