@@ -32,7 +32,7 @@ $(VENV)/bin/python:
 
 $(VENV)/.installed-play: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "installing kvjax into $(VENV) (a minute or two, once)"
-	$(PIP) -e '.[gif]'
+	$(PIP) -e '.[gif,train]'
 	@touch $@
 
 # torch comes first and pinned, so that no other package chooses a build of it.

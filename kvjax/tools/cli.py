@@ -256,8 +256,11 @@ def _explore(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from kvjax.tools.training import config_of, show_row, target_of
-    from kvjax.train import train
+    try:
+        from kvjax.tools.training import config_of, show_row, target_of
+        from kvjax.train import train
+    except ImportError as error:
+        raise ImportError(f"{error}: pip install 'kvjax[train]'") from error
 
     config = config_of(args.set)
     with progress_bar() as bar:
