@@ -11,6 +11,7 @@ import tiny
 from kvjax.model import checkpoint
 from kvjax.tools.play import play
 from kvjax.train import NotFiniteError, collect, loop, saving, train
+from kvjax.train import run as runs
 from kvjax.train.run import BEST, CURVE, FAILURE, LAST, PICTURE, STATE
 
 LIKE = jax.eval_shape(lambda key: loop.begin(key, tiny.SETUP), jax.random.key(0))
@@ -170,3 +171,27 @@ def test_what_is_refused_before_anything_is_compiled(tmp_path):
         dataclasses.replace(tiny.TINY, value_weight=-1.0)
     with pytest.raises(ValueError, match="target_rate must be in"):
         dataclasses.replace(tiny.TINY, target_rate=0.0)
+
+
+def test_the_best_agent_is_kept_and_judged_anew(tmp_path, monkeypatch):
+    """The second evaluation is worse than the first; what is told at the end is a third."""
+    answers = iter([[30.0, 32.0], [9.0, 9.0]])
+    monkeypatch.setattr(runs._Run, "_returns", lambda self, number: np.array(next(answers)))
+    best = []
+    summary = run(tmp_path, progress=lambda row, share: best.append(agent_bytes(tmp_path)))
+    assert best[1] == best[3] == (tmp_path / BEST).read_bytes()
+    assert best[1] != (tmp_path / LAST).read_bytes()
+    assert set(summary.returns).isdisjoint({30.0, 32.0})
+    assert [row["mean_return"] for row in rows(tmp_path)] == ["", "31.0", "", "9.0"]
+
+
+def agent_bytes(folder):
+    return (folder / BEST).read_bytes() if (folder / BEST).exists() else None
+
+
+def test_a_target_that_was_reached_by_luck_ends_nothing(tmp_path, monkeypatch):
+    answers = iter([[9.0, 9.0], [2.0, 3.0], [9.0, 9.0], [9.0, 8.0]])
+    monkeypatch.setattr(runs._Run, "_returns", lambda self, number: np.array(next(answers)))
+    summary = run(tmp_path, target=8.5)
+    assert (summary.env_steps, summary.reached_target_at) == (48, 48)
+    assert summary.returns == (9.0, 8.0)
