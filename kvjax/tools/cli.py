@@ -16,6 +16,7 @@ from kvjax.base import files
 from kvjax.base.values import listed
 from kvjax.config import TREES, SearchConfig
 from kvjax.model import checkpoint
+from kvjax.tools import training
 from kvjax.tools.agent import Found
 from kvjax.tools.machine import keep_compiled, mesh_of
 from kvjax.tools.options import add_model_options, agent_of, origins
@@ -165,7 +166,7 @@ def _add_explore(commands: Any) -> None:
 
 
 def _add_train(commands: Any) -> None:
-    train = _command(commands, "train", _train, "train an agent from nothing")
+    train = _command(commands, "train", training.run, "train an agent from nothing")
     train.add_argument("--env", required=True, help="cartpole or cartpole_masked")
     train.add_argument("--output", required=True, metavar="DIR", help="takes agents and curves")
     train.add_argument("--seed", type=int, default=0)
@@ -252,45 +253,6 @@ def _explore(args: argparse.Namespace) -> int:
     else:
         ended = "" if explored.step == args.step else ", the episode's last"
         print(f"{args.output}: step {explored.step}{ended}, action {explored.action}")
-    return 0
-
-
-def _train(args: argparse.Namespace) -> int:
-    try:
-        from kvjax.tools.training import config_of, show_row, target_of
-        from kvjax.train import train
-    except ImportError as error:
-        raise ImportError(f"{error}: pip install 'kvjax[train]'") from error
-
-    config = config_of(args.set)
-    with progress_bar() as bar:
-        task = bar.add_task("compiling", total=1.0)
-        summary = train(
-            args.env,
-            config,
-            output=args.output,
-            seed=args.seed,
-            max_env_steps=args.max_env_steps,
-            target=target_of(args.env) if args.target is None else args.target,
-            resume=args.resume,
-            progress=lambda row, share: bar.update(
-                task, completed=share, description=show_row(row)
-            ),
-        )
-    if args.json:
-        print_json(dataclasses.asdict(summary))
-        return 0
-    reached = summary.reached_target_at
-    rows = {
-        "returns": " ".join(f"{score:g}" for score in summary.returns),
-        "mean return": f"{summary.mean_return:.1f}",
-        "environment steps": str(summary.env_steps),
-        "target": "not reached" if reached is None else f"reached after {reached} steps",
-        "compile time": f"{summary.compile_seconds:.1f} s",
-        "whole run": f"{summary.seconds:.1f} s",
-        "best agent": str(Path(args.output) / "best.safetensors"),
-    }
-    print_table("kvjax train", rows)
     return 0
 
 

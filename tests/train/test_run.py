@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import json
 
 import jax
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import tiny
 
 from kvjax.model import checkpoint
+from kvjax.tools import cli, training
 from kvjax.tools.play import play
 from kvjax.train import NotFiniteError, collect, loop, saving, train
 from kvjax.train import run as runs
@@ -195,3 +197,52 @@ def test_a_target_that_was_reached_by_luck_ends_nothing(tmp_path, monkeypatch):
     summary = run(tmp_path, target=8.5)
     assert (summary.env_steps, summary.reached_target_at) == (48, 48)
     assert summary.returns == (9.0, 8.0)
+
+
+def command(capsys, folder, *arguments):
+    settings = [
+        f"--set={field.name}={getattr(tiny.TINY, field.name)}"
+        for field in dataclasses.fields(tiny.TINY)
+        if getattr(tiny.TINY, field.name) != field.default
+    ]
+    fixed = ["train", "--env=cartpole_masked", f"--output={folder}", "--max-env-steps=48"]
+    code = cli.main([*fixed, *settings, *arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_the_command_trains_as_the_function_does(whole, capsys, tmp_path):
+    code, out, err = command(capsys, tmp_path / "new", "--json")
+    summary = json.loads(out)
+    names = "mean_return returns env_steps seconds compile_seconds reached_target_at"
+    assert list(summary) == names.split()
+    assert code == 0
+    assert tuple(summary["returns"]) == whole[1].returns
+    assert "48 steps" in err
+    code, out, _ = command(capsys, tmp_path / "new", "--resume")
+    assert code == 0
+    assert "not reached" in out
+    assert "whole run" in out
+
+
+def test_the_command_says_in_a_line_what_is_wrong(whole, capsys, tmp_path):
+    cases = {
+        ("--set", "lr=1"): "--set takes NAME=VALUE, got 'lr=1'",
+        ("--set", "updates"): "--set takes NAME=VALUE, got 'updates'",
+        ("--set", "updates=many"): "updates must be a positive integer, got 'many'",
+        ("--env", "pong"): "env must be one of cartpole, cartpole_masked, got 'pong'",
+        ("--max-env-steps", "0"): "max_env_steps must be a positive integer, got 0",
+        ("--output", str(whole[0])): "holds a run already: say --resume",
+    }
+    for arguments, expected in cases.items():
+        code, out, err = command(capsys, tmp_path, *arguments)
+        assert (code, out) == (2, "")
+        assert expected in err
+        assert "kvjax train: " in err
+
+
+def test_what_is_missing_is_named(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(training.importlib.util, "find_spec", lambda name: None)
+    code, _, err = command(capsys, tmp_path)
+    assert code == 2
+    assert "training needs flashbax, matplotlib, optax: pip install 'kvjax[train]'" in err
