@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt
 
-.PHONY: play test test-full lint docs clean
+.PHONY: play test test-full soak lint docs clean
 
 play: $(VENV)/.installed-play
 	$(VENV)/bin/kvjax play
@@ -15,6 +15,10 @@ test: lint
 # Everything as users run it, optimised, and with more examples: an hour.
 test-full: lint
 	KVJAX_FULL=1 $(VENV)/bin/python -m pytest
+
+# A million simulations with restarts, new weights, evictions, files: some minutes.
+soak: $(VENV)/.installed-play
+	$(VENV)/bin/python examples/soak.py
 
 lint: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check .
