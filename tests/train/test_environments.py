@@ -1,7 +1,8 @@
 """CartPole in JAX is Gymnasium's, step for step; an environment of one's own is ten lines."""
 
-import dataclasses
+import re
 import warnings
+from pathlib import Path
 
 import gymnasium
 import jax
@@ -9,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvjax.train import ENVIRONMENTS, CartPole, Step
+import kvjax
+from kvjax.train import ENVIRONMENTS, CartPole, environments
 from kvjax.train.environments import MASK
 
 
@@ -63,24 +65,15 @@ def test_what_is_played_is_the_environment_that_was_trained_in():
         CartPole(max_steps=0)
 
 
-@dataclasses.dataclass(frozen=True)
-class Walk:
-    """The ten lines of the module's text."""
-
-    observation_size: int = 1
-    num_actions: int = 2
-    max_steps: int = 50
-
-    def reset(self, key):
-        return jnp.zeros(1), jnp.zeros(1)
-
-    def step(self, state, action, key):
-        state = state + 2 * action - 1
-        return state, Step(state, reward=state[0], terminated=state[0] > 9)
-
-
 def test_an_environment_of_your_own():
-    env, key = Walk(), jax.random.key(0)
+    """That of the page, which is that of the module's text."""
+    root = Path(kvjax.__file__).parent.parent
+    code = re.search(r"```python\n(.*?)```", (root / "docs" / "training.md").read_text(), re.S)[1]
+    lines = [line.strip() for line in code[code.index("@dataclasses") :].splitlines()]
+    assert not set(lines) - {line.strip() for line in environments.__doc__.splitlines()}
+    names = {}
+    exec(code, names)
+    env, key = names["Walk"](), jax.random.key(0)
     state, _ = env.reset(key)
     for n in range(1, 11):
         state, step = env.step(state, jnp.int32(1), key)
