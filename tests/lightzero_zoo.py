@@ -29,6 +29,7 @@ import kvjax
 from kvjax import lightzero
 from kvjax.model import unizero
 from kvjax.model.contexts import advance
+from kvjax.model.step import first_actions
 from kvjax.tools.parity.verify import verify
 
 ROWS, STEPS, SIMULATIONS = 2, 7, 3
@@ -46,7 +47,7 @@ UNSAID = {
     "task_embed_option": None,
     "lora_r": 0,
 }
-"""What main's classes read where its policy says it and a configuration does not."""
+"""What main's classes read where neither its policies nor a configuration say it."""
 
 CLASSES = {
     "unizero": ("unizero_model", "UniZeroModel"),
@@ -90,9 +91,13 @@ def files():
 
 
 def settings(file):
-    """The model's settings in a file, those of the policy's class included, and its policy."""
+    """The model's settings in a file, those of the policy's class included, and its policy.
+
+    Main's sampled and multi-task classes read settings that only the class of "unizero" has.
+    """
     said, policy = _trained_by(file)
-    model = _merged(_defaults(policy), said)
+    own = {} if policy.endswith("_ppo") else _defaults(policy)  # its class changes none
+    model = _merged(_merged(_defaults("unizero"), own), said)
     model["world_model_cfg"] = UNSAID | model["world_model_cfg"] | LEAST
     return model, policy
 
@@ -127,7 +132,6 @@ def _trained_by(file):
 
 def _defaults(policy):
     """The model's settings in a policy's class, read from its source: it imports much."""
-    policy = policy.removesuffix("_ppo")  # whose class changes none of them
     (root,) = importlib.util.find_spec("lzero").submodule_search_locations
     tree = ast.parse((Path(root) / "policy" / f"{policy}.py").read_text())
     nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Assign)]
@@ -158,7 +162,7 @@ def build(model, policy):
         try:
             made = getattr(module, class_name)(**EasyDict(model))
         except Exception:  # LightZero's own
-            with patched(module) as patches:
+            with patched(importlib.import_module("lzero.model.unizero_model")) as patches:
                 made = getattr(module, class_name)(**EasyDict(model))
         for weight in made.parameters():
             weight.add_(torch.randn_like(weight), alpha=NOISE)
@@ -284,6 +288,8 @@ def searches(torch_model, model, folder):
     contexts = kvjax.init_contexts(config, ROWS)
     for seen, action, out in steps:
         before = contexts
+        if action.shape != (ROWS, *config.action_shape):  # all rows begin
+            action = first_actions(ROWS, config)
         contexts, policy, _ = _advance(model, contexts, seen, action, config=config)
         worst = max(worst, float(np.abs(policy - out.policy_logits.numpy()).max()))
     rng = jax.random.key(0)

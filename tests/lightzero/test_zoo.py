@@ -20,6 +20,8 @@ if os.environ.get("KVJAX_FULL"):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_configuration(name, tmp_path):
     row = zoo.tried(name, zoo.files()[name], tmp_path)
-    said = (row.loads, row.searches, row.verifies, row.attaches)
+    said = (row.loads, row.searches, row.attaches)
+    if "continuous" not in row.model:  # of drawn actions there are no traces
+        said += (row.verifies,)
     assert all(said)
     assert not [x for x in said if x.startswith(("refused", "LightZero"))]
