@@ -247,6 +247,8 @@ def drawing_step(weights, rng, node, action):
 
 
 DRAWING = dataclasses.replace(MIXING, step=drawing_step)
+DRAWN = dataclasses.replace(TINY, num_sampled_actions=2)
+WARM = dataclasses.replace(THREE, temperature=1.0)
 
 
 def noisy_answers(params, contexts, observation, action, as_searched=lambda x: x):
@@ -258,6 +260,7 @@ def noisy_answers(params, contexts, observation, action, as_searched=lambda x: x
         mix(0 * WEIGHTS, key, observation, search=MIX_NOISY, return_tree=True),  # ties
         mix(0 * WEIGHTS, key, observation, search=dataclasses.replace(GUMBEL, noise_fraction=1.0)),
         mix(WEIGHTS, key, observation, DRAWING, search=dataclasses.replace(THREE, max_depth=2)),
+        search(params, key, contexts, observation, action, config=DRAWN, search=WARM),
     )
 
 

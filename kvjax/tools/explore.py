@@ -2,23 +2,17 @@
 
 import contextlib
 import dataclasses
+import functools
+from collections import deque
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-from jax.sharding import Mesh
-
 from kvjax.base.values import require
-from kvjax.config import SearchConfig, WindowMode, WorldModelConfig
+from kvjax.config import SearchConfig, WindowMode
 from kvjax.mcts.output import SearchOutput
-from kvjax.mcts.search import search as search_once
 from kvjax.model.checkpoint import Checkpoint
-from kvjax.model.contexts import init_contexts
-from kvjax.model.unizero import prepare
-from kvjax.model.world_model import Params
 from kvjax.tools.play import Status, play
-from kvjax.tools.routes import Answer, Array, Step
+from kvjax.tools.routes import tree
 
 TOKENS = "action", "latent"
 """What a step of UniZero adds."""
@@ -48,41 +42,6 @@ class _EnoughError(Exception):
     """The step has been searched."""
 
 
-@dataclasses.dataclass
-class _Recorder:
-    """A route that remembers its last search, tree included."""
-
-    out: SearchOutput | None = None
-
-    def begin(
-        self,
-        params: Params,
-        config: WorldModelConfig,
-        search_config: SearchConfig,
-        num_envs: int,
-        mesh: Mesh | None = None,
-    ) -> Step:
-        """As a `kvjax.tools.routes.Route`."""
-        contexts, model = init_contexts(config, num_envs, mesh=mesh), prepare(params, config=config)
-
-        def step(rng: jax.Array, observation: Array, last_action: Array) -> Answer:
-            nonlocal contexts
-            contexts, out = search_once(
-                model,
-                rng,
-                contexts,
-                observation,
-                last_action,
-                config=config,
-                search=search_config,
-                return_tree=True,
-            )
-            self.out = out
-            return Answer(*map(np.asarray, (out.visit_counts, out.root_value, out.action)))
-
-        return step
-
-
 def explore(
     agent: Checkpoint, path: str | Path, *, step: int, search: SearchConfig, seed: int = 0
 ) -> Explored:
@@ -103,19 +62,20 @@ def explore(
     require(step >= 0, f"step must be at least 0, got {step}")
     drawn = agent.config.num_sampled_actions
     require(drawn is None, f"the page shows trees of all actions, this model draws {drawn} of them")
-    recorder, last = _Recorder(), -1
+    outputs: deque[SearchOutput] = deque(maxlen=1)
+    last = -1
 
-    def look(status: Status) -> None:
+    def count(status: Status) -> None:
         nonlocal last
         last = status.steps - 1
         if last == step:
             raise _EnoughError
 
-    options: dict[str, Any] = {"search_config": search, "seed": seed, "progress": look}
+    options: dict[str, Any] = {"search_config": search, "seed": seed, "progress": count}
+    route = functools.partial(tree, look=outputs.append)
     with contextlib.suppress(_EnoughError):
-        play(agent, episodes=1, route=recorder.begin, **options)
-    out = recorder.out
-    assert out is not None, "every run searches"
+        play(agent, episodes=1, route=route, **options)
+    (out,) = outputs
     env_id = "an episode" if agent.environment is None else agent.environment.env_id
     out.to_html(
         path,

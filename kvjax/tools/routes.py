@@ -17,6 +17,7 @@ from kvjax import store as stores
 from kvjax.base import meshes
 from kvjax.base.values import require
 from kvjax.config import SearchConfig, WorldModelConfig
+from kvjax.mcts.output import SearchOutput
 from kvjax.mcts.search import search
 from kvjax.mcts.subtree import Kept
 from kvjax.model.contexts import init_contexts
@@ -59,14 +60,15 @@ class Route(Protocol):
         """With a model and how to search, on the devices of a mesh or on one."""
 
 
-def _tree(
+def tree(
     params: Params,
     config: WorldModelConfig,
     search_config: SearchConfig,
     num_envs: int,
     mesh: Mesh | None = None,
+    look: Callable[[SearchOutput], None] | None = None,
 ) -> Step:
-    """By `kvjax.search`."""
+    """By `kvjax.search`; `look` is shown each output, with its whole tree."""
     contexts = init_contexts(config, num_envs, mesh=mesh)
     prepared = meshes.replicated(prepare(params, config=config), mesh)
     kept: Kept | None = None
@@ -74,8 +76,11 @@ def _tree(
     def step(rng: jax.Array, observation: Array, last_action: Array) -> Answer:
         nonlocal contexts, kept
         arguments = rng, contexts, observation, last_action
-        contexts, out = search(prepared, *arguments, config=config, search=search_config, kept=kept)
+        how: Any = {"config": config, "search": search_config, "return_tree": look is not None}
+        contexts, out = search(prepared, *arguments, **how, kept=kept)
         kept = out.kept
+        if look is not None:
+            look(out)
         return Answer(*map(np.asarray, (out.visit_counts, out.root_value, out.action)))
 
     return step
@@ -126,4 +131,4 @@ def _said(forest: list[trees.Tree]) -> tuple[Array, Array]:
     return visits, np.array([trees.root_value(tree) for tree in forest])
 
 
-ROUTES: dict[str, Route] = {"tree": _tree, "store": _store}
+ROUTES: dict[str, Route] = {"tree": tree, "store": _store}

@@ -159,3 +159,10 @@ def test_an_attached_model_answers_as_before():
     for ones, others in zip(came, plain, strict=True):
         for one, other in zip(ones, others, strict=True):
             np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def test_a_trace_of_continuous_actions_is_refused_before_it_is_recorded(tmp_path):
+    path = tmp_path / "trace.npz"
+    with pytest.raises(ValueError, match="a trace holds discrete actions"):
+        lightzero.record_trace(model_of("conditioned"), path)
+    assert not path.exists()

@@ -72,12 +72,14 @@ def record_trace(
 
     Raises:
       OSError: the file cannot be written; said before the model is asked.
-      ValueError: a model that kvjax does not read, sizes that do not fit it, a model whose caches
-        something else manages, or one that gives two nodes of a step the same latent, which
-        LightZero then takes for each other (an untrained observation head, all zeros, does).
+      ValueError: a model that kvjax does not read, one of continuous actions, sizes that do not fit
+        it, a model whose caches something else manages, or one that gives two nodes of a step the
+        same latent, which LightZero then takes for each other (an untrained observation head, all
+        zeros, does).
     """
     model = getattr(world_model, "world_model", world_model)
     config, _ = load(model, task_id=task_id, encoder=None, use_policy_logits_clip="ignore")
+    require(not config.is_continuous, "a trace holds discrete actions, this model's are continuous")
     path = Path(path)
     require(path.suffix == ".npz", f"a trace's name must end in .npz, got {path}")
     rows = min(model.env_num, _MOST_ROWS) if rows is None else rows
