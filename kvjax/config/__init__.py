@@ -1,0 +1,67 @@
+"""Static, hashable, validated configuration. What varies per call is an array."""
+
+from kvjax.config.environment import (
+    ATARI,
+    COLOURS,
+    EnvironmentConfig,
+    FramesConfig,
+    check_stored_env,
+)
+from kvjax.config.search import MAX_SIMULATIONS, Q_TRANSFORMS, TREES, SearchConfig, Tree
+from kvjax.config.window import (
+    BLOCK,
+    DTYPES,
+    MIN_CONTEXT,
+    MODES,
+    WINDOW_MODES,
+    Mode,
+    WindowConfig,
+    WindowMode,
+)
+from kvjax.config.world_model import (
+    IMAGE_SIDES,
+    POOLED_SIDES,
+    SIGMA_TYPES,
+    VIT_HEAD,
+    VIT_PATCH,
+    VIT_SIMNORM_GROUP,
+    EncoderKind,
+    HiddenNorm,
+    Layout,
+    Norm,
+    SigmaType,
+    WorldModelConfig,
+)
+
+__all__ = [
+    "ATARI",
+    "BLOCK",
+    "COLOURS",
+    "DTYPES",
+    "IMAGE_SIDES",
+    "MAX_SIMULATIONS",
+    "MIN_CONTEXT",
+    "MODES",
+    "POOLED_SIDES",
+    "Q_TRANSFORMS",
+    "SIGMA_TYPES",
+    "TREES",
+    "VIT_HEAD",
+    "VIT_PATCH",
+    "VIT_SIMNORM_GROUP",
+    "WINDOW_MODES",
+    "EncoderKind",
+    "EnvironmentConfig",
+    "FramesConfig",
+    "HiddenNorm",
+    "Layout",
+    "Mode",
+    "Norm",
+    "SearchConfig",
+    "SigmaType",
+    "Tree",
+    "WindowConfig",
+    "WindowMode",
+    "WorldModelConfig",
+    "check_stored_env",
+]
