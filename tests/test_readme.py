@@ -13,7 +13,7 @@ BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
 FILES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCKS = {str(path.relative_to(ROOT)): BLOCK.findall(path.read_text()) for path in FILES}
 PAGES = [name for name, blocks in BLOCKS.items() if blocks]
-COUNTS = {"README.md": 5, "docs/any_model.md": 6, "docs/lightzero.md": 6, "docs/windows.md": 2}
+COUNTS = {"README.md": 3, "docs/any_model.md": 6, "docs/lightzero.md": 6, "docs/windows.md": 2}
 """Of pages that would be missed: a block that is not found is not run."""
 
 
@@ -38,4 +38,4 @@ def test_python_blocks(name, data, monkeypatch, tmp_path, capsys):
         exec(compile(block, name, "exec"), names)
     told = capsys.readouterr().out
     assert told or (tmp_path / "tree.html").exists()
-    assert name != "README.md" or "hit rate" in told
+    assert name != "docs/windows.md" or "hit rate" in told
