@@ -25,7 +25,7 @@ _SLOT = (
     "margin:1px;padding:0 .3em;border-radius:3px;text-align:center;font:.75em monospace;"
 )
 _STYLES = {
-    "token": "background:#3b7dd8;color:#fff",
+    "token": "background:#2a66b8;color:#fff",
     "empty": "border:1px solid #9aa4b1",
     "pad": "border:1px dashed #d9822b",
     "free": "border:1px dotted #9aa4b1",
@@ -87,11 +87,13 @@ def _shapes(owner: Any) -> str:
 class _Slot:
     kind: str  # of `_STYLES`
     label: str = ""
-    opacity: float = 1.0
+    shade: float | None = None  # of its colour alone, so that its label is read, light or dark
 
     def html(self) -> str:
-        style = _SLOT + _STYLES[self.kind]
-        style += f";opacity:{self.opacity:.2f}" if self.opacity < 1.0 else ""
+        style = _STYLES[self.kind]
+        if self.shade is not None:
+            style = f"background:rgba(59,125,216,{self.shade:.2f})"
+        style = _SLOT + style
         label = html.escape(self.label) or "&nbsp;"
         return f'<span class="{self.kind}" style="{style}">{label}</span>'
 
@@ -180,7 +182,7 @@ def _aged(used: Array, rank: Array) -> list[_Slot]:
     place[order] = np.cumsum(used[order])
     total = 1 + max(int(used.sum()), 1)
     return [
-        _Slot("token", str(at), 1.0 - 0.6 * at / total) if is_used else _Slot("empty")
+        _Slot("token", str(at), 0.55 - 0.35 * at / total) if is_used else _Slot("empty")
         for is_used, at in zip(used[:_MAX_SLOTS], place.tolist(), strict=False)
     ]
 

@@ -130,7 +130,7 @@ def test_a_pool_shows_the_order_in_which_it_would_evict():
     page = filled("lru", (1, 2))._repr_html_()
     assert kinds(page) == ["token", "token", "empty"]
     assert labels(page) == ["1", "2", ""]
-    assert [float(x) for x in re.findall(r"opacity:([\d.]+)", page)] == [0.8, 0.6]
+    assert [float(x) for x in re.findall(r"rgba\(59,125,216,([\d.]+)", page)] == [0.43, 0.32]
 
 
 def test_ages_survive_a_wrapped_clock():
