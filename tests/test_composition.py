@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import random_params
+from conftest import FULL, in_full, random_params
 from jax import export
 
 import kvjax
@@ -282,7 +282,8 @@ def over_four_devices():
         for kind in (jax.sharding.AxisType.Explicit, jax.sharding.AxisType.Auto)
     )
     on_a_mesh(explicit, noisy, np.asarray)
-    on_a_mesh(automatic, noisy, lambda x: x)
+    if FULL:
+        on_a_mesh(automatic, noisy, lambda x: x)
     in_shard_map(automatic)
 
 
@@ -347,8 +348,15 @@ def strictly():
         yield
 
 
-@pytest.mark.parametrize("mode", WINDOW_MODES)
-@pytest.mark.parametrize("setting", ["x64", "float64 windows", "strict"])
+@pytest.mark.parametrize(
+    ("setting", "mode"),
+    [
+        *(("float64 windows", mode) for mode in WINDOW_MODES),
+        *(("x64", "rebuild"), ("strict", "learned")),
+        *in_full(*(("x64", mode) for mode in WINDOW_MODES if mode != "rebuild")),
+        *in_full(*(("strict", mode) for mode in WINDOW_MODES[1:])),
+    ],
+)
 def test_settings_of_dtypes(setting, mode):
     """Traced in every window mode; nothing becomes 64 bits wide but such windows."""
     rotary = mode.startswith("rope")

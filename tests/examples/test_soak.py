@@ -4,10 +4,12 @@ import jax
 import numpy as np
 import pytest
 import soak
+from conftest import FULL
 
 import kvjax
 
 
+@pytest.mark.skipif(not FULL, reason="takes 20 s to compile")
 def test_a_short_one(capsys):
     told = soak.run(1, evictions=("lru",))
     assert told["rounds"] == 2 * soak.PERIOD

@@ -9,7 +9,7 @@ import warnings
 
 import numpy as np
 import pytest
-from conftest import DATA
+from conftest import DATA, in_full
 from torch_models import SMALL, Driver, difference, make
 
 from kvjax import lightzero
@@ -33,11 +33,10 @@ def pair(**changes):
 @pytest.mark.parametrize(
     "changes",
     [
-        {},
         {"embed_dim": 24, "num_layers": 1, "num_heads": 3, "context_length": 4, "num_envs": 1},
         {"embed_dim": 48, "num_layers": 3, "num_heads": 2, "context_length": 14, "num_envs": 5},
+        *in_full({}),
     ],
-    ids=["small", "shortest window, one row", "long window, odd rows"],
 )
 def test_all_outputs_are_the_originals(changes):
     """Twelve steps: windows grow, slide and, in a batch, differ in length."""

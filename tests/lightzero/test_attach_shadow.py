@@ -6,7 +6,7 @@ import warnings
 import gymnasium
 import numpy as np
 import pytest
-from conftest import DATA
+from conftest import DATA, in_full
 from torch_models import Driver, make
 
 from kvjax import lightzero
@@ -72,7 +72,7 @@ def trained(envs, **changes):
     return lightzero_020.load_checkpoint(model, path)
 
 
-@pytest.mark.parametrize("context", [4, 8, 20])
+@pytest.mark.parametrize("context", [8, *in_full(4, 20)])
 def test_no_disagreement_over_episodes(context):
     """Eight environments with LightZero's tree; the trained model at its own context length."""
     if context == 8:

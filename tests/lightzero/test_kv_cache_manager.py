@@ -7,6 +7,7 @@ import types
 
 import numpy as np
 import pytest
+from conftest import in_full
 
 from kvjax.lightzero import KVCacheManager
 from kvjax.lightzero.manager import KVCachePool
@@ -106,7 +107,7 @@ KEYS = (0, 1, 2, -1, 1 << 63, BIG, BIG ^ 1, -(1 << 63), (1 << 100) + 1, -BIG)
 
 
 @pytest.mark.parametrize("eviction", ["fifo", "lru", "priority"])
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, *in_full(1)])
 def test_a_pool_follows_the_rules(eviction, seed):
     rng = np.random.default_rng(seed)
     pool, oracle = KVCachePool(4, eviction), Oracle(4, eviction)

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from conftest import in_full
 
 from kvjax import SearchConfig, init_contexts, lightzero
 from kvjax.mcts import search
@@ -17,7 +18,8 @@ ENVS, OBSERVATION = 3, 5
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    ("embed", "layers", "heads", "context"), [(64, 2, 2, 8), (32, 1, 4, 4), (48, 3, 3, 14)]
+    ("embed", "layers", "heads", "context"),
+    [(32, 1, 4, 4), (48, 3, 3, 14), *in_full((64, 2, 2, 8))],
 )
 def test_root_predictions_along_an_episode(embed, layers, heads, context):
     """Random weights, encoder included: 12 steps, most of them after a slide."""

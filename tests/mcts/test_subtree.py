@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import SMALL, random_params, with_mode
+from conftest import SMALL, in_full, random_params, with_mode
 from subtree_oracle import Searcher
 
 from kvjax import SearchConfig, init_contexts, init_kept
@@ -18,11 +18,10 @@ from kvjax.tools.routes import ROUTES
 PARAMS = random_params(SMALL)
 KEEPING = SearchConfig(num_simulations=12, kept_nodes=20, discount=0.9)
 CASES = (
-    ("learned", 8, {}),
     ("learned", 4, {"kept_nodes": 4}),
     ("rope_lightzero", 8, {"kept_nodes": 6}),
     ("rebuild", 8, {}),
-    ("reset", 8, {"max_depth": 3}),
+    *in_full(("learned", 8, {}), ("reset", 8, {"max_depth": 3})),
 )
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import SMALL, random_params, with_mode
+from conftest import SMALL, in_full, random_params, with_mode
 
 from kvjax import SearchConfig, init_contexts, prepare
 from kvjax.mcts import search
@@ -77,16 +77,13 @@ def window_search(params, window, policy, timestep, config, search_config):
 
 
 MODES = (
-    ("learned", 4),
     ("learned", 8),
-    ("learned", 20),
     ("learned", 64),
     ("rope_lightzero", 8),
     ("rope_consistent", 4),
-    ("rebuild", 8),
     ("rebuild", 20),
     ("reset", 4),
-    ("reset", 8),
+    *in_full(("learned", 4), ("learned", 20), ("rebuild", 8), ("reset", 8)),
 )
 
 

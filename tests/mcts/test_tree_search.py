@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import mctx
 import numpy as np
 import pytest
-from conftest import SMALL, random_params, with_mode
+from conftest import SMALL, in_full, random_params, with_mode
 from flax import serialization
 from jax import export
 
@@ -103,7 +103,7 @@ def roots(seed, rows=ROWS):
 @pytest.mark.parametrize(
     ("transform", "legal", "masked", "max_depth", "noise", "temperature"),
     [
-        ("siblings", False, False, None, 0.25, 1.0),
+        *in_full(("siblings", False, False, None, 0.25, 1.0)),
         ("mix_value", True, False, 4, 0.25, 0.5),
         ("siblings", True, True, None, 0.0, 0.0),
     ],
@@ -239,7 +239,7 @@ def test_an_mctx_user_changes_one_function():
     chex.assert_trees_all_close(out, same, rtol=1e-6)
 
 
-@pytest.mark.parametrize("tree", ["muzero", "gumbel"])
+@pytest.mark.parametrize("tree", ["gumbel", *in_full("muzero")])
 def test_own_tokens_search_as_windows_do(tree):
     """UniZero with mctx's policies: its visits with a whole window per node, over an episode."""
     by = SearchConfig(num_simulations=12, tree=tree, noise_fraction=0.25, temperature=0.0)
@@ -259,7 +259,9 @@ def test_own_tokens_search_as_windows_do(tree):
         action = np.array(out.action)
 
 
-@pytest.mark.parametrize("mode", ["learned", "rope_lightzero", "rope_consistent", "reset"])
+@pytest.mark.parametrize(
+    "mode", ["learned", "rope_lightzero", *in_full("rope_consistent", "reset")]
+)
 def test_windows_read_in_place(mode, monkeypatch):
     """The same search as with copied windows: short, full and slid ones, with what was kept."""
     config, by = with_mode(SMALL, mode), SearchConfig(40, tree="muzero", kept_nodes=20)
@@ -380,7 +382,7 @@ def test_the_rules_of_lightzero_with_discounts_masks_and_ends():
 
 
 @pytest.mark.parametrize("tree", ["lightzero", "muzero", "gumbel"])
-@pytest.mark.parametrize("junk", [9.0, np.nan, np.inf])
+@pytest.mark.parametrize("junk", [np.nan, *in_full(9.0, np.inf)])
 def test_nothing_behind_an_end_is_heard_of(tree, junk):
     """Values, rewards and missing actions there change no visit of the roots."""
 
@@ -428,7 +430,7 @@ def numbered_step(params, rng, node, action, *, block):
 
 
 @pytest.mark.parametrize("in_place", [False, True])
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", [0, *in_full(1, 2, 3, 4)])
 def test_every_window_is_its_parents_and_its_own_tokens(seed, in_place):
     """Sizes drawn; roots of all lengths, full windows that lose a block or keep `carry` tokens."""
     seen, draw = [], np.random.default_rng(seed)

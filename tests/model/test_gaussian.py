@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from conftest import FULL, SMALL, random_params, with_mode
+from conftest import SMALL, in_full, random_params, with_mode
 
 from kvjax import checkpoint
 from kvjax.config import SIGMA_TYPES, WorldModelConfig
@@ -49,8 +49,7 @@ def folded(model, contexts, observation, last_action, action, *, config):
     ("mode", "changes"),
     [
         ("learned", {"sigma_type": "independent", "bound_type": "tanh", "num_actions": 1}),
-        ("rebuild", MAIN),
-        *([("rope_lightzero", {"sigma_type": "happo"})] if FULL else []),
+        *in_full(("rebuild", MAIN), ("rope_lightzero", {"sigma_type": "happo"})),
     ],
 )
 def test_the_folded_model_equals_the_model_over_an_episode_with_restarts(mode, changes):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import SMALL, random_params, with_mode
+from conftest import SMALL, in_full, random_params, with_mode
 
 from kvjax.config import WINDOW_MODES
 from kvjax.model import unizero
@@ -28,8 +28,14 @@ def by_flax(params, contexts, observation, last_action, *, config):
     return Contexts(window, timestep), *heads
 
 
-@pytest.mark.parametrize("layout", [{}, MAIN], ids=["0.2.0", "main"])
-@pytest.mark.parametrize("mode", WINDOW_MODES)
+CASES = [
+    *((mode, MAIN) for mode in WINDOW_MODES),
+    ("learned", {}),
+    *in_full(*((mode, {}) for mode in WINDOW_MODES[1:])),
+]
+
+
+@pytest.mark.parametrize(("mode", "layout"), CASES)
 def test_equals_the_model_over_an_episode_with_slides_and_restarts(mode, layout):
     config = dataclasses.replace(with_mode(SMALL, mode), **layout)
     params = random_params(config)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import FULL
 
 from kvjax.lightzero.traces import trace as traces
 from kvjax.model import modes, step
@@ -23,8 +24,16 @@ TRACES = (
 TOLERANCE = 1e-4
 
 
-@pytest.mark.parametrize("route", ["tree", "store"])
-@pytest.mark.parametrize("name", TRACES)
+BY_STORE = ("lightzero_020_abs.npz", "lightzero_main_rebuild.npz")
+
+
+@pytest.mark.parametrize(
+    ("name", "route"),
+    [
+        *((name, "tree") for name in TRACES),
+        *((name, "store") for name in (TRACES if FULL else BY_STORE)),
+    ],
+)
 def test_within_tolerance(data, name, route):
     report = verify.verify(data / name, route=route)
     assert report.ok
