@@ -13,8 +13,9 @@ from typing import Any
 
 from kvjax import __version__
 from kvjax.base import files
-from kvjax.base.values import listed
+from kvjax.base.values import listed, require
 from kvjax.config import TREES, SearchConfig
+from kvjax.lightzero.checkpoint import save
 from kvjax.model import checkpoint
 from kvjax.tools import training
 from kvjax.tools.agent import Found
@@ -30,6 +31,7 @@ from kvjax.tools.output import (
 from kvjax.tools.routes import ROUTES
 
 DEFAULT_AGENT = "cartpole_masked"
+LIGHTZERO = ".pth.tar"
 BENCHMARKS = ("search", "ops", "bridge", "exactness")
 """Modules of `kvjax.tools.bench`."""
 
@@ -106,9 +108,12 @@ def _parser() -> argparse.ArgumentParser:
         "--checkpoint", help="who played an episode trace (default: the shipped agent that did)"
     )
 
-    convert = _command(commands, "convert", _convert, "write a LightZero checkpoint as safetensors")
-    convert.add_argument("checkpoint", metavar="CKPT")
-    convert.add_argument("output", metavar="OUT.safetensors")
+    text = "write a LightZero checkpoint as safetensors, or either as a LightZero checkpoint"
+    convert = _command(commands, "convert", _convert, text)
+    convert.add_argument("checkpoint", metavar="CKPT", help="as of play")
+    convert.add_argument(
+        "output", metavar="OUT", help=f"*.safetensors, or *{LIGHTZERO} for LightZero"
+    )
     add_model_options(convert)
     convert.add_argument(
         "--no-encoder",
@@ -117,6 +122,11 @@ def _parser() -> argparse.ArgumentParser:
         const=None,
         default="own",
         help="leave the encoder out: observations are then latents",
+    )
+    convert.add_argument(
+        "--compiled",
+        action="store_true",
+        help=f"*{LIGHTZERO}: with names as the policy of LightZero 0.2.0 loads them",
     )
 
     bench = _command(commands, "bench", _bench, "measure speed as ratios in one run")
@@ -290,8 +300,13 @@ def _convert(args: argparse.Namespace) -> int:
     with warnings_shown():
         files.require_writable(args.output)
     found = agent_of(args)
-    agent = found.agent
-    checkpoint.save(args.output, agent)
+    agent, model = found.agent, None
+    if args.output.endswith(LIGHTZERO):
+        with warnings_shown():
+            model = save(agent.params, agent.config, args.output, compiled=args.compiled)
+    else:
+        require(not args.compiled, f"--compiled is for *{LIGHTZERO}, got {args.output}")
+        checkpoint.save(args.output, agent)
     if args.json:
         print_json(
             {
@@ -301,10 +316,13 @@ def _convert(args: argparse.Namespace) -> int:
                 "origins": dict(found.origins),
                 "notes": agent.notes,
             }
+            | ({} if model is None else {"policy.model": model})
         )
     else:
         print(f"{args.output}: {agent.config}\n{origins(found)}")
         print(f"left out, inference does not read them: {listed(found.ignored) or 'nothing'}")
+        if model is not None:
+            print(f"LightZero's policy.model: {model}")
     return 0
 
 

@@ -1,5 +1,8 @@
 """Flax's variables of a world model, and LightZero's tensors that they come from."""
 
+from collections.abc import Iterator
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -69,21 +72,47 @@ def from_tensors(weights: Tensors, config: WorldModelConfig) -> Params:
     Raises:
       ValueError: a tensor is missing, of no use, misshapen or not finite.
     """
-    modules = _modules(config)
-    expected = flatten_dict(world_model.params_shapes(config))
     remaining = dict(weights)
     params = {}
-    for path, leaf in expected.items():
-        name = f"{modules['/'.join(path[1:-1])]}.{_LEAVES[path[-1]]}"
+    for path, leaf, name, axes in _places(config):
         if name not in remaining:
             raise ValueError(f"missing tensor {name}")
-        value, axes = remaining.pop(name), _torch_axes(path[-1], len(leaf.shape))
+        value = remaining.pop(name)
         world_model.check_parameter(name, value, tuple(leaf.shape[axis] for axis in axes))
         value = value.transpose(np.argsort(axes))
         params[path] = jnp.array(value, leaf.dtype)
     if remaining:
         raise ValueError(f"tensors that kvjax does not know: {listed(remaining)}")
     return unflatten_dict(params)
+
+
+def to_tensors(params: Params, config: WorldModelConfig) -> Tensors:
+    """The tensors that `from_tensors` makes these variables of.
+
+    Raises:
+      ValueError: a variable is missing, unknown, misshapen or not finite.
+    """
+    remaining, weights = flatten_dict(params), {}
+    for path, leaf, name, axes in _places(config):
+        if path not in remaining:
+            raise ValueError(f"missing variable {'/'.join(path)}")
+        value = np.asarray(remaining.pop(path))
+        world_model.check_parameter("/".join(path), value, leaf.shape)
+        weights[name] = np.ascontiguousarray(value.transpose(axes), leaf.dtype)
+    if remaining:
+        unknown = ("/".join(map(str, path)) for path in remaining)
+        raise ValueError(f"variables that the configuration does not have: {listed(unknown)}")
+    return weights
+
+
+def _places(
+    config: WorldModelConfig,
+) -> Iterator[tuple[tuple[str, ...], Any, str, tuple[int, ...]]]:
+    """Of each variable its path, its shape, its tensor's name, and its axes in torch's order."""
+    modules = _modules(config)
+    for path, leaf in flatten_dict(world_model.params_shapes(config)).items():
+        name = f"{modules['/'.join(path[1:-1])]}.{_LEAVES[path[-1]]}"
+        yield path, leaf, name, _torch_axes(path[-1], len(leaf.shape))
 
 
 def _torch_axes(leaf: str, ndim: int) -> tuple[int, ...]:
