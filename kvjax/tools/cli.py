@@ -177,7 +177,7 @@ def _add_explore(commands: Any) -> None:
 
 def _add_train(commands: Any) -> None:
     train = _command(commands, "train", training.run, "train an agent from nothing")
-    train.add_argument("--env", required=True, help="cartpole or cartpole_masked")
+    train.add_argument("--env", required=True, help="cartpole, cartpole_masked or tmaze")
     train.add_argument("--output", required=True, metavar="DIR", help="takes agents and curves")
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--max-env-steps", type=int, default=20_000, help="default: 20000")

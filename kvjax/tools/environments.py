@@ -52,6 +52,7 @@ _FAMILIES = (
     _Family(ATARI, ("ale_py", "cv2"), "atari", "ale_py"),
     _Family(re.compile("LunarLander|BipedalWalker|CarRacing"), ("Box2D",), "box2d"),
     _Family(re.compile("dm_control/"), ("dm_control", "shimmy"), "dmc", "shimmy"),
+    _Family(re.compile("kvjax/TMaze"), ("flashbax", "optax"), "train", "kvjax.tools.mazes"),
 )
 
 

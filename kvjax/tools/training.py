@@ -26,7 +26,8 @@ def run(args: argparse.Namespace) -> int:
     from kvjax.train import ENVIRONMENTS, train
     from kvjax.train.run import BEST
 
-    solved_at = getattr(ENVIRONMENTS.get(args.env), "solved_at", None)
+    env = ENVIRONMENTS.get(args.env)
+    solved_at = getattr(env, "solved_at", None)
     with progress_bar() as bar:
         task = bar.add_task("compiling", total=1.0)
 
@@ -35,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
 
         summary = train(
             args.env,
-            config_of(args.set),
+            config_of(args.set, env),
             output=args.output,
             seed=args.seed,
             max_env_steps=args.max_env_steps,
@@ -50,8 +51,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def config_of(settings: Sequence[str]) -> "TrainConfig":
-    """The configuration with fields said as NAME=VALUE.
+def config_of(settings: Sequence[str], env: Any = None) -> "TrainConfig":
+    """An environment's configuration with fields said as NAME=VALUE.
 
     Raises:
       ValueError: an unknown name, or a value that the field does not take.
@@ -68,7 +69,7 @@ def config_of(settings: Sequence[str]) -> "TrainConfig":
             changes[name] = ast.literal_eval(text)
         except (ValueError, SyntaxError):
             changes[name] = text
-    return TrainConfig(**changes)
+    return TrainConfig.of(env, **changes)
 
 
 def row_in_words(row: "Row") -> str:

@@ -1,10 +1,12 @@
 """Training: a UniZero agent from nothing, its losses, and environments as pure functions."""
 
 from kvjax.train.config import TrainConfig
-from kvjax.train.environments import ENVIRONMENTS, CartPole, Environment, Step
+from kvjax.train.environments import CartPole, Environment, Step
+from kvjax.train.known import ENVIRONMENTS
 from kvjax.train.losses import Losses, Targets
 from kvjax.train.network import Predictions
 from kvjax.train.run import NotFiniteError, Summary, train
+from kvjax.train.tmaze import TMaze
 
 __all__ = [
     "ENVIRONMENTS",
@@ -15,6 +17,7 @@ __all__ = [
     "Predictions",
     "Step",
     "Summary",
+    "TMaze",
     "Targets",
     "TrainConfig",
     "train",

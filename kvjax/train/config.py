@@ -1,8 +1,10 @@
 """How an agent is trained: one frozen configuration, LightZero's names beside the fields."""
 
 import dataclasses
+from typing import Any
 
 from kvjax.base.values import (
+    is_integer,
     is_number,
     make_plain,
     require,
@@ -50,6 +52,7 @@ class TrainConfig:
     batch_size: int = 64
     unroll_steps: int = 10  # num_unroll_steps
     td_steps: int = 5
+    seek_start: int = 0  # a sequence begins with an episode that begins within so many steps
     learning_rate: float = 3e-3
     weight_decay: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.95)
@@ -76,6 +79,12 @@ class TrainConfig:
     eval_episodes: int = 20  # n_evaluator_episode
     eval_every: int = 2  # iterations; LightZero counts updates (eval_freq)
 
+    @classmethod
+    def of(cls, env: Environment, **changes: Any) -> "TrainConfig":
+        """An environment's own recipe, if it has one, and changes to that."""
+        recipe: dict[str, Any] = getattr(env, "recipe", {})
+        return cls(**recipe | changes)
+
     def __post_init__(self) -> None:
         make_plain(self)
         require_positive(self, *_COUNTS)
@@ -84,6 +93,8 @@ class TrainConfig:
             require_numbers(self, name)
             value = getattr(self, name)
             require(value >= 0, f"{name} must be at least 0, got {value!r}")
+        seek = self.seek_start
+        require(is_integer(seek) and seek >= 0, f"seek_start must be at least 0, got {seek!r}")
         for name in ("target_rate", "statistics_rate", "unroll_discount"):
             value = getattr(self, name)
             in_range = is_number(value) and 0.0 < value <= 1.0
@@ -93,10 +104,11 @@ class TrainConfig:
         self.searched, self.evaluated  # noqa: B018  (each checks its own fields)
 
     def _check_sizes(self) -> None:
-        drawn, played = self.sequence_length, self.collect_steps
+        drawn, played = self.drawn_length, self.collect_steps
         require(
             played >= drawn,
-            f"collect_steps must be at least unroll_steps + td_steps = {drawn}, got {played}",
+            f"collect_steps must be at least unroll_steps + td_steps + seek_start = {drawn}, got"
+            f" {played}",
         )
         kept = self.replay_size // self.num_envs
         require(
@@ -107,8 +119,13 @@ class TrainConfig:
 
     @property
     def sequence_length(self) -> int:
-        """Steps of a sequence that is drawn: the trained ones and those whose rewards count."""
+        """Steps of a sequence: the trained ones and those whose rewards count."""
         return self.unroll_steps + self.td_steps
+
+    @property
+    def drawn_length(self) -> int:
+        """Steps that are drawn, of which a sequence is a part."""
+        return self.sequence_length + self.seek_start
 
     @property
     def steps_per_iteration(self) -> int:

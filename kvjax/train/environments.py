@@ -42,7 +42,12 @@ class Step(NamedTuple):
 
 
 class Environment(Protocol):
-    """What is asked of an environment. It must be hashable: programs are compiled for it."""
+    """What is asked of an environment. It must be hashable: programs are compiled for it.
+
+    What it may have besides: `solved_at`, a mean return that ends a run; `recipe`, fields of
+    `TrainConfig` that it needs to be other than they are; `played_as`, an `EnvironmentConfig` of
+    what `kvjax play` plays.
+    """
 
     @property
     def observation_size(self) -> int:
@@ -120,10 +125,3 @@ class CartPole:
 
     def _seen(self, state: jax.Array) -> jax.Array:
         return state * jnp.asarray(self.scale)
-
-
-ENVIRONMENTS: dict[str, CartPole] = {
-    "cartpole": CartPole(),
-    "cartpole_masked": CartPole(scale=MASK),
-}
-"""Environments by the names that `kvjax train --env` takes."""

@@ -53,6 +53,21 @@ def init_learner(key: jax.Array, *, config: WorldModelConfig, train: TrainConfig
     return Learner(params, target, make_optimiser(train).init(params["params"]))
 
 
+def from_starts(batch: Transition, train: TrainConfig) -> Transition:
+    """Cuts sequences [B, U + n] out of longer ones, from where an episode begins.
+
+    Where none begins within `seek_start` steps a sequence begins where it was drawn.
+    """
+    ended = (batch.terminated | batch.truncated)[:, : train.seek_start]
+    first = jnp.where(ended.any(axis=1), jnp.argmax(ended, axis=1) + 1, 0)
+
+    def cut(row: jax.Array, begin: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_slice_in_dim(row, begin, train.sequence_length)
+
+    cut_rows: Transition = jax.tree.map(lambda x: jax.vmap(cut)(x, first), batch)
+    return cut_rows
+
+
 def make_targets(
     target: Params, batch: Transition, *, config: WorldModelConfig, train: TrainConfig
 ) -> Targets:

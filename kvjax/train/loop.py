@@ -40,9 +40,9 @@ class Setup:
         return flashbax.make_trajectory_buffer(
             add_batch_size=train.num_envs,
             sample_batch_size=train.batch_size,
-            sample_sequence_length=train.sequence_length,
+            sample_sequence_length=train.drawn_length,
             period=1,
-            min_length_time_axis=train.sequence_length,
+            min_length_time_axis=train.drawn_length,
             max_length_time_axis=train.replay_size // train.num_envs,
         )
 
@@ -139,7 +139,7 @@ def iterate(state: TrainState, key: jax.Array, setup: Setup) -> tuple[TrainState
 def drawn(memory: Any, of_updates: jax.Array, n: jax.Array, setup: Setup) -> Transition:
     """The sequences of an iteration's update n."""
     batch: Transition = setup.memory.sample(memory, jax.random.fold_in(of_updates, n)).experience
-    return batch
+    return learn.from_starts(batch, setup.train) if setup.train.seek_start else batch
 
 
 def failed_batch(state: TrainState, key: jax.Array, setup: Setup) -> Transition:

@@ -23,7 +23,8 @@ from kvjax.model.checkpoint import Checkpoint
 from kvjax.train import curves, loop, saving
 from kvjax.train.config import TrainConfig
 from kvjax.train.curves import Row
-from kvjax.train.environments import ENVIRONMENTS, Environment
+from kvjax.train.environments import Environment
+from kvjax.train.known import ENVIRONMENTS
 from kvjax.train.loop import Report, Setup, TrainState
 
 BEST, LAST = "best.safetensors", "last.safetensors"
@@ -104,7 +105,7 @@ def train(
 
     Args:
       env: a name of `kvjax.train.ENVIRONMENTS`, or an environment of your own.
-      config: how to train.
+      config: how to train; None for the environment's own recipe (`TrainConfig.of`).
       output: a folder, which is made if it is missing.
       seed: of weights, environments and searches.
       max_env_steps: steps of all environments together, after which the run ends (max_env_step).
@@ -125,7 +126,7 @@ def train(
     if importlib.util.find_spec("matplotlib") is None:
         raise ImportError("training draws its curve by matplotlib: pip install 'kvjax[train]'")
     require_count("max_env_steps", max_env_steps)
-    setup = Setup(environment, TrainConfig() if config is None else config)
+    setup = Setup(environment, TrainConfig.of(environment) if config is None else config)
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     name = env if isinstance(env, str) else repr(env)

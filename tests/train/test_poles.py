@@ -31,7 +31,7 @@ def gymnasiums(steps, seed):
     return [np.asarray(column) for column in zip(*rows, strict=True)]
 
 
-@pytest.mark.parametrize("name", ENVIRONMENTS)
+@pytest.mark.parametrize("name", ["cartpole", "cartpole_masked"])
 def test_cartpole_is_gymnasiums_step_for_step(name):
     env, key = ENVIRONMENTS[name], jax.random.key(0)
     before, action, seen, reward, ended = gymnasiums(steps=2000, seed=1)

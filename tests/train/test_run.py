@@ -159,7 +159,9 @@ def test_nan_ends_a_run_and_is_kept(tmp_path):
 
 
 def test_what_is_refused_before_anything_is_compiled(tmp_path):
-    with pytest.raises(ValueError, match="env must be one of cartpole, cartpole_masked"):
+    with pytest.raises(
+        ValueError, match="env must be one of cartpole, cartpole_masked, tmaze, got"
+    ):
         train("pong", output=tmp_path)
     with pytest.raises(ValueError, match="seed must be in 0"):
         run(tmp_path, seed=-1)
@@ -230,7 +232,7 @@ def test_the_command_says_in_a_line_what_is_wrong(whole, capsys, tmp_path):
         ("--set", "lr=1"): "--set takes NAME=VALUE, got 'lr=1'",
         ("--set", "updates"): "--set takes NAME=VALUE, got 'updates'",
         ("--set", "updates=many"): "updates must be a positive integer, got 'many'",
-        ("--env", "pong"): "env must be one of cartpole, cartpole_masked, got 'pong'",
+        ("--env", "pong"): "env must be one of cartpole, cartpole_masked, tmaze, got 'pong'",
         ("--max-env-steps", "0"): "max_env_steps must be a positive integer, got 0",
         ("--output", str(whole[0])): "holds a run already: say --resume",
     }
