@@ -3,11 +3,15 @@
 import csv
 import dataclasses
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import tiny
+from conftest import FULL
 
 from kvjax.model import checkpoint
 from kvjax.tools import cli, training
@@ -96,11 +100,33 @@ def test_a_killed_run_goes_on_bit_for_bit(whole, tmp_path, count):
     assert summary.returns == whole[1].returns
     jax.tree.map(np.testing.assert_array_equal, state(tmp_path), state(whole[0]))
     assert (tmp_path / BEST).read_bytes() == (whole[0] / BEST).read_bytes()
+    assert_same_course(tmp_path, whole[0])
+
+
+def assert_same_course(one, other):
+    """But for what was timed."""
     timed = {"seconds", "searches_per_second"}
-    for ours, theirs in zip(rows(tmp_path), rows(whole[0]), strict=True):
+    for ours, theirs in zip(rows(one), rows(other), strict=True):
         assert {k: v for k, v in ours.items() if k not in timed} == {
             k: v for k, v in theirs.items() if k not in timed
         }
+
+
+@pytest.mark.skipif(not FULL, reason="each kill makes programs anew: minutes")
+def test_a_process_that_is_killed_goes_on_bit_for_bit(tmp_path, kills=20, steps=12_000):
+    """At random moments: while it compiles, while it learns, while it writes."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run(whole, max_env_steps=steps)
+    script = Path(__file__).with_name("killed_run.py")
+    options = ["--env=cartpole_masked", f"--max-env-steps={steps}", "--target=inf", *settings()]
+    command = [sys.executable, script, str(kills), "0", killed, *options]
+    told = subprocess.run(command, capture_output=True, text=True)
+    assert told.returncode == 0, told.stderr
+    assert len(json.loads(told.stdout)) == kills
+    jax.tree.map(np.testing.assert_array_equal, state(killed), state(whole))
+    for name in (BEST, LAST):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes()
+    assert_same_course(killed, whole)
 
 
 def test_what_is_over_is_told_again_or_goes_on_for_longer(whole):
@@ -201,14 +227,17 @@ def test_a_target_that_was_reached_by_luck_ends_nothing(tmp_path, monkeypatch):
     assert summary.returns == (9.0, 8.0)
 
 
-def command(capsys, folder, *arguments):
-    settings = [
+def settings():
+    return [
         f"--set={field.name}={getattr(tiny.TINY, field.name)}"
         for field in dataclasses.fields(tiny.TINY)
         if getattr(tiny.TINY, field.name) != field.default
     ]
+
+
+def command(capsys, folder, *arguments):
     fixed = ["train", "--env=cartpole_masked", f"--output={folder}", "--max-env-steps=48"]
-    code = cli.main([*fixed, *settings, *arguments])
+    code = cli.main([*fixed, *settings(), *arguments])
     captured = capsys.readouterr()
     return code, captured.out, captured.err
 
