@@ -113,9 +113,9 @@ def assert_same_course(one, other):
 
 
 @pytest.mark.skipif(not FULL, reason="each kill makes programs anew: minutes")
-def test_a_process_that_is_killed_goes_on_bit_for_bit(tmp_path, kills=20, steps=12_000):
+def test_a_process_that_is_killed_goes_on_bit_for_bit(tmp_path):
     """At random moments: while it compiles, while it learns, while it writes."""
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole, killed, kills, steps = tmp_path / "whole", tmp_path / "killed", 20, 12_000
     run(whole, max_env_steps=steps)
     script = Path(__file__).with_name("killed_run.py")
     options = ["--env=cartpole_masked", f"--max-env-steps={steps}", "--target=inf", *settings()]
