@@ -19,6 +19,7 @@ from kvjax.mcts.protocol import Node, Root, Transition, TreeModel
 from kvjax.mcts.search import search
 from kvjax.mcts.search_tree import SearchTree
 from kvjax.mcts.serialization import register as _register
+from kvjax.mcts.states import load_state, save_state
 from kvjax.mcts.subtree import Kept
 from kvjax.mcts.tree_search import tree_search
 from kvjax.mcts.unizero_tree import init_kept
@@ -64,12 +65,14 @@ __all__ = [
     "init_store",
     "initial_inference",
     "lightzero",
+    "load_state",
     "on_params_update",
     "ops",
     "prepare",
     "recurrent_inference",
     "replay",
     "rollout",
+    "save_state",
     "search",
     "stats",
     "to_jax",

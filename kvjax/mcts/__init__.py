@@ -13,6 +13,7 @@ from kvjax.mcts.params_update import on_params_update
 from kvjax.mcts.protocol import Node, Root, Transition, TreeModel
 from kvjax.mcts.search import search
 from kvjax.mcts.search_tree import SearchTree
+from kvjax.mcts.states import load_state, save_state
 from kvjax.mcts.subtree import Kept
 from kvjax.mcts.tree_search import tree_search
 from kvjax.mcts.unizero_tree import init_kept
@@ -31,8 +32,10 @@ __all__ = [
     "TreeModel",
     "init_kept",
     "initial_inference",
+    "load_state",
     "on_params_update",
     "recurrent_inference",
+    "save_state",
     "search",
     "tree_search",
 ]

@@ -48,21 +48,22 @@ def _from_state(owner: Any, state: dict[str, Any]) -> Any:
     )
     return dataclasses.replace(
         owner,
-        **{name: _restored(f"{kind}.{name}", getattr(owner, name), state[name]) for name in names},
+        **{name: restored(f"{kind}.{name}", getattr(owner, name), state[name]) for name in names},
     )
 
 
-def _restored(name: str, value: Any, state: Any) -> Any:
+def restored(name: str, value: Any, state: Any) -> Any:
+    """A state of Flax's in place of a value, which says what it must be like.
+
+    Raises:
+      ValueError: it is another one; says which part, called `name`.
+    """
     if value is None or isinstance(value, _STATIC):
-        require(value == state, f"{name} must be {value!r}, got {_described(state)}")
+        same = type(value) is type(state) and value == state
+        require(same, f"{name} must be {value!r}, got {_described(state)}")
         return value
-    if isinstance(value, tuple):
-        keys = getattr(value, "_fields", range(len(value)))
-        parts = [
-            _restored(f"{name}[{key}]", part, state[str(key)])
-            for key, part in zip(keys, value, strict=True)
-        ]
-        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    if isinstance(value, dict | list | tuple):
+        return _restored_parts(name, value, state)
     if not isinstance(value, jax.Array | np.ndarray):
         return serialization.from_state_dict(value, state, name)
     expected = f"{value.dtype}{list(value.shape)}"
@@ -70,6 +71,25 @@ def _restored(name: str, value: Any, state: Any) -> Any:
     return jnp.asarray(state)
 
 
+def _restored_parts(name: str, value: Any, state: Any) -> Any:
+    keys = value if isinstance(value, dict) else getattr(value, "_fields", range(len(value)))
+    names = [str(key) for key in keys]
+    require(
+        isinstance(state, dict) and sorted(state) == sorted(names),
+        f"{name} must have {', '.join(names) or 'no parts'}, got {_described(state)}",
+    )
+    values = value.values() if isinstance(value, dict) else value
+    parts = [
+        restored(f"{name}[{key}]", part, state[key])
+        for key, part in zip(names, values, strict=True)
+    ]
+    if isinstance(value, dict):
+        return dict(zip(value, parts, strict=True))
+    return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+
+
 def _described(state: Any) -> str:
+    if isinstance(state, dict):
+        return f"what has {', '.join(map(str, state)) or 'no parts'}"
     is_array = hasattr(state, "dtype") and hasattr(state, "shape")
     return f"{state.dtype}{list(state.shape)}" if is_array else repr(state)

@@ -6,22 +6,19 @@ warning.
 
 import contextlib
 import dataclasses
-import hashlib
 import importlib.resources
 import json
 import logging
-import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from kvjax.base import files
+from kvjax.base import tensor_files
+from kvjax.base.tensor_files import DIGEST, METADATA_KEY, Tensors
 from kvjax.base.values import listed, require
 from kvjax.config import EnvironmentConfig, FramesConfig, WorldModelConfig, check_stored_env
 from kvjax.model import world_model
@@ -29,13 +26,8 @@ from kvjax.model.world_model import Params
 
 SUFFIX = ".safetensors"
 
-_METADATA_KEY = "kvjax"
-_ENTRIES = {"config", "environment", "notes", "digest"}
+_ENTRIES = {"config", "environment", "notes", DIGEST}
 _SEPARATOR = "/"
-_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
-"""Safetensors' names of what weights may be, and numpy's."""
-
-_HEADER_SIZE = struct.Struct("<Q")
 _SIZES = (
     *("embed_dim", "num_actions", "observation_size", "max_tokens", "support_size"),
     *("head_expansion", "task_size"),
@@ -48,8 +40,6 @@ _IMAGE_SIZES = {
 }
 
 _log = logging.getLogger(__name__)
-
-Tensors = dict[str, np.ndarray[Any, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,17 +69,14 @@ def save(path: str | Path, checkpoint: Checkpoint) -> None:
     if path.suffix != SUFFIX:
         raise ValueError(f"a checkpoint's name must end in {SUFFIX}, got {path}")
     flat = flatten_dict(checkpoint.params, sep=_SEPARATOR)
-    tensors = {name: np.ascontiguousarray(value) for name, value in flat.items()}
+    tensors = {name: np.asarray(value) for name, value in flat.items()}
     environment = checkpoint.environment
     description: dict[str, Any] = {
         "config": dataclasses.asdict(checkpoint.config),
         "environment": None if environment is None else _said_of(environment),
         "notes": checkpoint.notes,
     }
-    description["digest"] = _digest(description, tensors)
-    metadata = {_METADATA_KEY: json.dumps(description, sort_keys=True)}
-    with files.replacing(path) as file:
-        file.write(safetensors.numpy.save(tensors, metadata=metadata))
+    tensor_files.write(path, tensors, description)
 
 
 def _said_of(environment: EnvironmentConfig) -> dict[str, Any]:
@@ -117,10 +104,10 @@ def load(path: str | Path, *, env: str | None = None) -> Checkpoint:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no such checkpoint: {path}")
-    metadata, tensors = _read(path, path.read_bytes())
-    if _METADATA_KEY not in metadata:
+    metadata, tensors = tensor_files.read(path, tensor_files.FLOATS)
+    if METADATA_KEY not in metadata:
         raise ValueError(f"{path} holds no kvjax configuration: write it with `kvjax convert`")
-    described = _described(path, metadata[_METADATA_KEY])
+    described = _described(path, metadata[METADATA_KEY])
     _check_digest(path, described, tensors)
     checkpoint = _parse(path, described)
     for note in (*checkpoint.notes, *_doubts(checkpoint.config)):
@@ -147,34 +134,6 @@ def _doubts(config: WorldModelConfig) -> list[str]:
     return [f"windows of up to {longest} tokens continue a table of {rows} positions linearly"]
 
 
-def _read(path: Path, content: bytes) -> tuple[dict[str, str], Tensors]:
-    """The metadata and tensors of a safetensors file."""
-    try:
-        entries = safetensors.deserialize(content)  # type: ignore[no-untyped-call]
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
-    tensors = {}
-    for name, entry in entries:
-        kind = entry["dtype"]
-        if kind not in _DTYPES:
-            raise ValueError(f"{path}: {name} holds {kind}, expected one of {', '.join(_DTYPES)}")
-        flat = np.frombuffer(entry["data"], jnp.dtype(_DTYPES[kind]))
-        tensors[name] = flat.reshape(entry["shape"])
-    (size,) = _HEADER_SIZE.unpack_from(content)
-    header = json.loads(content[_HEADER_SIZE.size : _HEADER_SIZE.size + size])
-    return header.get("__metadata__") or {}, tensors
-
-
-def _digest(description: dict[str, Any], tensors: Tensors) -> str:
-    """SHA-256 of the description and of all tensors: names, kinds, shapes, bytes."""
-    digest = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(json.dumps([name, str(tensor.dtype), tensor.shape]).encode())
-        digest.update(tensor.tobytes())
-    return digest.hexdigest()
-
-
 @contextlib.contextmanager
 def _reading(path: Path) -> Iterator[None]:
     try:
@@ -191,11 +150,11 @@ def _described(path: Path, text: str) -> dict[str, Any]:
 
 
 def _check_digest(path: Path, described: dict[str, Any], tensors: Tensors) -> None:
-    if "digest" not in described:
+    if DIGEST not in described:
         _log.warning("%s carries no digest of its weights: written by an earlier kvjax", path)
         return
-    content = {name: value for name, value in described.items() if name != "digest"}
-    is_whole = described["digest"] == _digest(content, tensors)
+    content = {name: value for name, value in described.items() if name != DIGEST}
+    is_whole = described[DIGEST] == tensor_files.digest_of(content, tensors)
     require(is_whole, f"{path} is damaged: its digest is another than that of its content")
 
 

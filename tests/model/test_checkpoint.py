@@ -9,6 +9,7 @@ import pytest
 import safetensors.numpy
 from conftest import SMALL, random_params
 
+from kvjax.base import tensor_files
 from kvjax.config import EnvironmentConfig
 from kvjax.model import checkpoint
 from kvjax.model.checkpoint import Checkpoint
@@ -150,8 +151,8 @@ def test_the_digest_tells_all_of_a_tensor_and_the_description():
         ({"config": 1}, tensors),
         ({}, tensors),
     ]
-    assert len({checkpoint._digest(*other) for other in others}) == len(others)
-    assert checkpoint._digest({}, dict(reversed(tensors.items()))) == checkpoint._digest(
+    assert len({tensor_files.digest_of(*other) for other in others}) == len(others)
+    assert tensor_files.digest_of({}, dict(reversed(tensors.items()))) == tensor_files.digest_of(
         {}, tensors
     )
 
