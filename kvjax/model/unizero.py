@@ -107,16 +107,20 @@ class UniZero:
         return jnp.promote_types(self.blocks[0].qkv.weight.dtype, jnp.float32)
 
 
-def prepare(params: Params, *, config: WorldModelConfig) -> UniZero:
+def prepare(params: Params | UniZero, *, config: WorldModelConfig) -> UniZero:
     """Folds a model's variables once, instead of in every call that is given variables.
 
     Worth it for wide models: their [E, 4E] matrices are then rewritten once. Prepare again whenever
     the variables change.
 
+    What is prepared already is handed back.
+
     Raises:
       TypeError, ValueError: the variables are not a model's of this configuration.
     """
-    validate_model(params, config)
+    validate(params, config)
+    if isinstance(params, UniZero):
+        return params
     model: UniZero = _prepare(params, config=config)
     return model
 

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import dataclasses
-import functools
 import importlib
 import logging
 import sys
@@ -17,9 +16,8 @@ from kvjax.base.values import listed, require
 from kvjax.config import TREES, SearchConfig
 from kvjax.lightzero.checkpoint import save
 from kvjax.model import checkpoint
-from kvjax.tools import training
-from kvjax.tools.agent import Found
-from kvjax.tools.machine import keep_compiled, mesh_of
+from kvjax.tools import play_command, training
+from kvjax.tools.machine import keep_compiled
 from kvjax.tools.options import add_model_options, agent_of, origins
 from kvjax.tools.output import (
     print_json,
@@ -28,9 +26,9 @@ from kvjax.tools.output import (
     progress_bar,
     warnings_shown,
 )
+from kvjax.tools.play_command import DEFAULT_AGENT
 from kvjax.tools.routes import ROUTES
 
-DEFAULT_AGENT = "cartpole_masked"
 LIGHTZERO = ".pth.tar"
 BENCHMARKS = ("search", "ops", "bridge", "exactness")
 """Modules of `kvjax.tools.bench`."""
@@ -91,7 +89,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"kvjax {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    _add_play(commands)
+    play_command.add_options(
+        _command(commands, "play", _play, "play episodes with a trained agent")
+    )
     _add_explore(commands)
     _add_train(commands)
 
@@ -134,33 +134,6 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--only", default="", metavar="SUBSTRING", help="e.g. embed=64,envs=8")
     bench.add_argument("--plot", metavar="PATH", help="exactness: also draw the errors")
     return parser
-
-
-def _add_play(commands: Any) -> None:
-    play = _command(commands, "play", _play, "play episodes with a trained agent")
-    play.add_argument(
-        "checkpoint",
-        nargs="?",
-        default=DEFAULT_AGENT,
-        help=f"a shipped agent ({', '.join(checkpoint.shipped())}), a .safetensors file or a"
-        " LightZero .pth.tar file",
-    )
-    add_model_options(play)
-    play.add_argument("--episodes", type=int, default=8)
-    play.add_argument("--simulations", type=int, default=SearchConfig().num_simulations)
-    play.add_argument("--seed", type=int, default=0, help="episode i is reset with seed + i")
-    play.add_argument(
-        "--no-context", action="store_true", help="push every step as an episode's first"
-    )
-    _add_route(play)
-    play.add_argument(
-        "--devices",
-        type=int,
-        default=1,
-        metavar="N",
-        help="search on N devices at once; a CPU is divided",
-    )
-    play.add_argument("--gif", metavar="PATH", help="write the first episode as an animation")
 
 
 def _add_explore(commands: Any) -> None:
@@ -218,36 +191,7 @@ def _command(
 
 
 def _play(args: argparse.Namespace) -> int:
-    from kvjax.tools.play import AnimationError, Status, play
-
-    mesh = mesh_of(args.devices)
-    found = agent_of(args)
-    search_config = SearchConfig(num_simulations=args.simulations)
-    with progress_bar() as bar:
-        task = bar.add_task("compiling", total=1.0)
-
-        def show(status: Status) -> None:
-            mean = f", mean return {status.mean_return:.1f}" if status.finished else ""
-            text = f"{status.finished}/{args.episodes} episodes, {status.steps} steps{mean}"
-            bar.update(task, completed=status.fraction, description=text)
-
-        try:
-            summary = play(
-                found.agent,
-                episodes=args.episodes,
-                search_config=search_config,
-                seed=args.seed,
-                route=args.route,
-                keep_context=not args.no_context,
-                gif_path=args.gif,
-                mesh=mesh,
-                progress=show,
-            )
-        except AnimationError as error:
-            _measured.append(functools.partial(_print_summary, args, found, error.summary))
-            raise
-    _print_summary(args, found, summary, args.gif)
-    return 0
+    return play_command.run(args, _measured)
 
 
 def _explore(args: argparse.Namespace) -> int:
@@ -264,25 +208,6 @@ def _explore(args: argparse.Namespace) -> int:
         ended = "" if explored.step == args.step else ", the episode's last"
         print(f"{args.output}: step {explored.step}{ended}, action {explored.action}")
     return 0
-
-
-def _print_summary(
-    args: argparse.Namespace, found: Found, summary: Any, animation: str | None = None
-) -> None:
-    if args.json:
-        print_json(dataclasses.asdict(summary) | {"origins": dict(found.origins)})
-        return
-    rows = {
-        "returns": " ".join(f"{score:g}" for score in summary.returns),
-        "mean return": f"{summary.mean_return:.1f}",
-        "steps": str(summary.steps),
-        "searches per second": f"{summary.searches_per_second:.0f}"
-        f" ({args.simulations} simulations each)",
-        "compile time": f"{summary.compile_seconds:.1f} s",
-        "whole run": f"{summary.seconds:.1f} s",
-        "model": origins(found),
-    }
-    print_table("kvjax play", rows | ({"animation": animation} if animation else {}))
 
 
 def _verify(args: argparse.Namespace) -> int:

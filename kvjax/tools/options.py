@@ -102,6 +102,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         group.add_argument(f"--{flag}", dest=name, **options)
 
 
+def model_options() -> tuple[str, ...]:
+    """Names of the options that `add_model_options` adds, as a parsed command line has them."""
+    return tuple(_OPTIONS)
+
+
 def agent_of(args: argparse.Namespace) -> Found:
     """Reads a shipped, kvjax or LightZero checkpoint; its environment, options first."""
     said = {name: getattr(args, name) for name in _OPTIONS if name not in (_SCALE, _FRAMES)}

@@ -6,20 +6,22 @@ Shapes: B environments played side by side, A actions.
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gymnasium
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from kvjax.base.values import require
-from kvjax.config import EnvironmentConfig, SearchConfig, WorldModelConfig
+from kvjax.base.values import require, require_count
+from kvjax.config import SearchConfig
 from kvjax.model.checkpoint import Checkpoint
-from kvjax.model.step import first_actions
-from kvjax.tools import environments, gif
+from kvjax.tools import gif, play_saving
+from kvjax.tools.play_rows import DIGEST_SIZE, Row, side_by_side
+from kvjax.tools.play_saving import Keeper, SavedRun, Tensors
 from kvjax.tools.routes import ROUTES, Route, Step
 
 Array = np.ndarray[Any, Any]
@@ -29,6 +31,9 @@ MAX_BATCH = 8
 
 MAX_EPISODES = 1_000_000
 LAST_SEED = 2**32 - 1
+
+SAVE_EVERY = 20
+"""Steps of the batch from one save to the next, unless said otherwise."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +56,7 @@ class Summary:
     searches_per_second: float  # searches alone: no compilation, no environment
     compile_seconds: float
     seconds: float  # of the whole run
+    actions_digest: str = ""  # of all actions by episode: equal where all of them are
 
 
 class AnimationError(OSError):
@@ -59,37 +65,6 @@ class AnimationError(OSError):
     def __init__(self, why: Exception, summary: Summary) -> None:
         super().__init__(str(why))
         self.summary = summary
-
-
-@dataclasses.dataclass
-class _Row:
-    """One environment of the batch and the episode that it is in (None: nothing left to play)."""
-
-    env: gymnasium.Env[Any, Any]
-    first: Array  # in place of an action before an episode: -1, or NaN
-    episode: int | None = None
-    observation: Array = dataclasses.field(default_factory=lambda: np.zeros(0))
-    last_action: Array = dataclasses.field(default_factory=lambda: np.zeros(0))
-    steps: int = 0
-
-    def start(self, episode: int | None, seed: int) -> None:
-        self.episode, self.last_action, self.steps = episode, self.first, 0
-        if episode is not None:
-            self.observation, _ = self.env.reset(seed=seed + episode)
-
-    def advance(self, action: Array) -> tuple[float, bool]:
-        """Acts; returns the reward and whether the episode ended."""
-        acted = _in_space(action, self.env.action_space)
-        self.observation, reward, terminated, truncated, _ = self.env.step(acted)
-        self.last_action, self.steps = action, self.steps + 1
-        return float(reward), terminated or truncated
-
-
-def _in_space(action: Array, space: gymnasium.Space[Any]) -> Any:
-    """An action as the environment takes it: numbers in -1 .. 1 fill a box, as in LightZero's."""
-    if not isinstance(space, gymnasium.spaces.Box):
-        return int(action)
-    return (space.low + (action + 1) / 2 * (space.high - space.low)).astype(space.dtype)
 
 
 def play(
@@ -102,6 +77,9 @@ def play(
     keep_context: bool = True,
     gif_path: str | Path | None = None,
     mesh: jax.sharding.Mesh | None = None,
+    save: str | Path | None = None,
+    save_every: int = SAVE_EVERY,
+    resume: bool = False,
     progress: Callable[[Status], None] = lambda status: None,
 ) -> Summary:
     """Plays episodes; episode i starts from `reset(seed=seed + i)`.
@@ -117,41 +95,47 @@ def play(
         current observation only.
       gif_path: where to write the first episode as an animation.
       mesh: devices to search on, over which the environments are divided evenly.
+      save: a folder, made if it is missing, that takes what another process needs to go on with the
+        same actions; see `kvjax.tools.play_saving`.
+      save_every: steps of the batch from one save to the next.
+      resume: go on with the run that the folder holds, if it holds one, in the same batch, on
+        however many devices divide it.
       progress: called before the first step and after every batch of steps.
 
     Raises:
       ValueError: fewer than one episode, or than devices, a seed out of range, no or an unknown
-        environment, an environment that does not fit the model, or a GIF that cannot be drawn.
-      OSError: the GIF cannot be written, said before the first step; an `AnimationError`, which has
+        environment, an environment that does not fit the model, or a GIF that cannot be drawn; a
+        folder that holds a run already, or with `resume` another or a damaged one; an environment
+        that does not repeat itself.
+      OSError: a file cannot be written, said before the first step; an `AnimationError`, which has
         the summary, if that shows only at the end.
     """
     _check_run(episodes, seed)
+    _check_saving(save, save_every, resume, gif_path)
     environment = agent.environment
     if environment is None:
         raise ValueError("the checkpoint names no environment: say which one to play")
     frames = None if gif_path is None else gif.Frames(gif_path)
-    started = time.perf_counter()
-    batch = _batch(episodes, 1 if mesh is None else mesh.size)
     search = search_config or SearchConfig()
     way = ROUTES[route] if isinstance(route, str) else route
-    begin = functools.partial(way, agent.params, agent.config, search, batch, mesh)
-    with _rows(environment, agent.config, batch, render=frames is not None) as rows:
+    devices = 1 if mesh is None else mesh.size
+    with contextlib.ExitStack() as stack:
+        folder = None if save is None else stack.enter_context(play_saving.alone_in(save))
+        saved = play_saving.saved_run(folder) if folder and resume else None
+        batch = _batch(episodes, devices) if saved is None else _batch_of(saved, devices)
+        begin = functools.partial(way, agent.params, agent.config, search, batch, mesh)
+        rows = stack.enter_context(
+            side_by_side(environment, agent.config, batch, render=frames is not None)
+        )
         run = _Run(rows, environment.observation_scale, episodes, seed)
-        step, compile_seconds = begin(), run.compile(begin())
-        progress(run.status())
-        while run.active():
-            if frames is not None and rows[0].episode == 0:
-                frames.append(rows[0].env.render())
-            run.step(step, keep_context)
-            progress(run.status())
-    summary = Summary(
-        returns=tuple(run.returns),
-        mean_return=float(np.mean(run.returns)),
-        steps=run.steps,
-        searches_per_second=run.steps / run.search_seconds,
-        compile_seconds=compile_seconds,
-        seconds=time.perf_counter() - started,
-    )
+        step = begin()
+        keeper = None
+        if folder is not None:
+            said = play_saving.said_of(agent, search, route, episodes, seed, keep_context, batch)
+            keeper = Keeper(folder, said, run, step, save_every)
+            keeper.begin(agent, saved)
+        run.play(step, begin, keep_context, keeper, frames, progress)
+    summary = run.summary()
     if frames is not None:
         _animate(frames, rows[0].env.metadata.get("render_fps", gif.DEFAULT_FPS), summary)
     return summary
@@ -179,23 +163,122 @@ def _batch(episodes: int, devices: int) -> int:
     return min(episodes // devices, MAX_BATCH) * devices
 
 
+def _batch_of(saved: SavedRun, devices: int) -> int:
+    batch = int(saved.about["run"]["batch"])
+    told = f"{saved.path} plays {batch} environments at once, which {devices} devices cannot share"
+    require(batch % devices == 0, told)
+    return batch
+
+
+def _check_saving(save: Any, save_every: int, resume: bool, gif_path: Any) -> None:
+    require_count("save_every", save_every)
+    require(save is not None or not resume, "resume needs the folder of a run: say save")
+    if save is not None and not resume:
+        play_saving.require_no_run(save)
+    told = "an animation needs its episode in one process: play without --save and --resume"
+    require(save is None or gif_path is None, told)
+
+
 class _Run:
     """Episodes in progress: the host's side of the loop."""
 
     def __init__(
-        self, rows: list[_Row], scale: tuple[float, ...] | None, episodes: int, seed: int
+        self, rows: list[Row], scale: tuple[float, ...] | None, episodes: int, seed: int
     ) -> None:
         self._rows = rows
         self.returns = [0.0] * episodes
         self.steps = 0
-        self.search_seconds = 0.0
+        self.search_seconds = self.compile_seconds = self._seconds = 0.0
+        self._started = time.perf_counter()
+        self._digests = np.zeros((episodes, DIGEST_SIZE), np.uint8)
         self._scale = np.asarray(1.0 if scale is None else scale, np.float32)
         self._seed, self._rng = seed, jax.random.key(seed)
         self._waiting = list(range(episodes))
         for row in rows:
             row.start(self._next_episode(), seed)
 
-    def active(self) -> list[_Row]:
+    def play(
+        self,
+        step: Step,
+        begin: Callable[[], Step],
+        keep_context: bool,
+        keeper: Keeper | None,
+        frames: gif.Frames | None,
+        progress: Callable[[Status], None],
+    ) -> None:
+        """Plays on until all episodes are over."""
+        if not self.active():
+            return
+        self.compile_seconds += self.compile(begin())
+        progress(self.status())
+        while self.active():
+            if frames is not None and self._rows[0].episode == 0:
+                frames.append(self._rows[0].env.render())
+            self.step(step, keep_context)
+            if keeper is not None:
+                keeper.tell()
+            progress(self.status())
+
+    def summary(self) -> Summary:
+        """Of all episodes."""
+        return Summary(
+            returns=tuple(self.returns),
+            mean_return=float(np.mean(self.returns)),
+            steps=self.steps,
+            searches_per_second=self.steps / self.search_seconds,
+            compile_seconds=self.compile_seconds,
+            seconds=self._elapsed(),
+            actions_digest=hashlib.blake2b(
+                self._digests.tobytes(), digest_size=DIGEST_SIZE
+            ).hexdigest(),
+        )
+
+    def _elapsed(self) -> float:
+        return self._seconds + time.perf_counter() - self._started
+
+    def told(self) -> tuple[Tensors, dict[str, Any]]:
+        """Arrays, and what JSON can say, of where the run is."""
+        arrays: Tensors = {
+            "returns": np.array(self.returns),
+            "digests": self._digests,
+            "rng": np.asarray(jax.random.key_data(self._rng)),
+        }
+        rows = []
+        for number, row in enumerate(self._rows):
+            rows.append(
+                {
+                    "way": [[episode, len(actions)] for episode, actions in row.way],
+                    "seen": row.seen.hex(),
+                    "active": row.episode is not None,
+                }
+            )
+            actions = [np.asarray(action) for _, taken in row.way for action in taken]
+            arrays[f"actions/{number}"] = np.stack(actions) if actions else np.zeros(0, np.int32)
+        seconds = [self._elapsed(), self.search_seconds, self.compile_seconds]
+        about = {"rows": rows, "next": len(self.returns) - len(self._waiting), "steps": self.steps}
+        return arrays, about | {"seconds": seconds}
+
+    def restore(self, arrays: Tensors, about: dict[str, Any]) -> None:
+        """Goes to where a run was, see `told`.
+
+        Raises:
+          ValueError: an environment does not repeat itself.
+        """
+        self.returns, self._digests = arrays["returns"].tolist(), arrays["digests"]
+        self._rng = jax.random.wrap_key_data(jnp.asarray(arrays["rng"]))
+        self._waiting = list(range(about["next"], len(self.returns)))
+        self.steps = about["steps"]
+        self._seconds, self.search_seconds, self.compile_seconds = about["seconds"]
+        for number, (row, said) in enumerate(zip(self._rows, about["rows"], strict=True)):
+            if not said["active"]:
+                row.start(None, self._seed)
+                continue
+            ends = np.cumsum([count for _, count in said["way"]])
+            taken = np.split(arrays[f"actions/{number}"], ends[:-1])
+            way = [(episode, list(x)) for (episode, _), x in zip(said["way"], taken, strict=True)]
+            row.go(way, self._seed, bytes.fromhex(said["seen"]))
+
+    def active(self) -> list[Row]:
         """Rows that are in an episode."""
         return [row for row in self._rows if row.episode is not None]
 
@@ -234,6 +317,7 @@ class _Run:
             self.returns[row.episode] += reward
             self.steps += 1
             if ended:
+                self._digests[row.episode] = np.frombuffer(row.acted, np.uint8)
                 row.start(self._next_episode(), self._seed)
 
     def _firsts(self) -> Array:
@@ -246,22 +330,3 @@ class _Run:
 
     def _next_episode(self) -> int | None:
         return self._waiting.pop(0) if self._waiting else None
-
-
-@contextlib.contextmanager
-def _rows(
-    environment: EnvironmentConfig, config: WorldModelConfig, count: int, *, render: bool
-) -> Iterator[list[_Row]]:
-    """Environments side by side, of which the first may be rendered; what they refuse is told."""
-    rows: list[_Row] = []
-    try:
-        while len(rows) < count:
-            (first,) = first_actions(1, config)
-            env = environments.make(environment, config, render=render and not rows)
-            rows.append(_Row(env, first))
-        yield rows
-    except gymnasium.error.Error as error:
-        raise ValueError(f"{environment.env_id}: {error}") from error
-    finally:
-        for row in rows:
-            row.env.close()

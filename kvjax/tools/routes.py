@@ -7,7 +7,7 @@ Shapes: B environments, A actions; where nodes draw their actions, A of them.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -20,10 +20,12 @@ from kvjax.config import SearchConfig, WorldModelConfig
 from kvjax.mcts.output import SearchOutput
 from kvjax.mcts.search import search
 from kvjax.mcts.subtree import Kept
-from kvjax.model.contexts import init_contexts
+from kvjax.mcts.unizero_tree import init_kept
+from kvjax.model.contexts import Contexts, init_contexts
 from kvjax.model.step import is_first
-from kvjax.model.unizero import prepare
+from kvjax.model.unizero import UniZero, prepare
 from kvjax.model.world_model import Params
+from kvjax.store import Store
 from kvjax.tools.parity import reference_tree as trees
 from kvjax.tools.parity import sampled_tree
 from kvjax.tools.parity.host_search import host_search, sampled_host_search
@@ -51,7 +53,7 @@ class Route(Protocol):
 
     def __call__(
         self,
-        params: Params,
+        params: Params | UniZero,
         config: WorldModelConfig,
         search_config: SearchConfig,
         num_envs: int,
@@ -60,8 +62,19 @@ class Route(Protocol):
         """With a model and how to search, on the devices of a mesh or on one."""
 
 
+@runtime_checkable
+class Resumable(Protocol):
+    """A step whose memory can be kept and given back."""
+
+    state: Any
+    """What the environments have come to: a state as `kvjax.save_state` takes it."""
+
+    def __call__(self, rng: jax.Array, observation: Array, last_action: Array) -> Answer:
+        """See `Step`."""
+
+
 def tree(
-    params: Params,
+    params: Params | UniZero,
     config: WorldModelConfig,
     search_config: SearchConfig,
     num_envs: int,
@@ -69,25 +82,42 @@ def tree(
     look: Callable[[SearchOutput], None] | None = None,
 ) -> Step:
     """By `kvjax.search`; `look` is shown each output, with its whole tree."""
-    contexts = init_contexts(config, num_envs, mesh=mesh)
-    prepared = meshes.replicated(prepare(params, config=config), mesh)
-    kept: Kept | None = None
+    return _Tree(params, config, search_config, num_envs, mesh, look)
 
-    def step(rng: jax.Array, observation: Array, last_action: Array) -> Answer:
-        nonlocal contexts, kept
+
+class _Tree:
+    """The state: contexts, and what trees keep."""
+
+    def __init__(
+        self,
+        params: Params | UniZero,
+        config: WorldModelConfig,
+        search_config: SearchConfig,
+        num_envs: int,
+        mesh: Mesh | None,
+        look: Callable[[SearchOutput], None] | None,
+    ) -> None:
+        keeps = search_config.kept_nodes > 0
+        kept = init_kept(config, num_envs, search_config) if keeps else None
+        self.state: tuple[Contexts, Kept | None]
+        self.state = init_contexts(config, num_envs, mesh=mesh), kept
+        self._model = meshes.replicated(prepare(params, config=config), mesh)
+        self._how: Any = {"config": config, "search": search_config}
+        self._how["return_tree"] = look is not None
+        self._look = look
+
+    def __call__(self, rng: jax.Array, observation: Array, last_action: Array) -> Answer:
+        contexts, kept = self.state
         arguments = rng, contexts, observation, last_action
-        how: Any = {"config": config, "search": search_config, "return_tree": look is not None}
-        contexts, out = search(prepared, *arguments, **how, kept=kept)
-        kept = out.kept
-        if look is not None:
-            look(out)
+        contexts, out = search(self._model, *arguments, **self._how, kept=kept)
+        self.state = contexts, out.kept
+        if self._look is not None:
+            self._look(out)
         return Answer(*map(np.asarray, (out.visit_counts, out.root_value, out.action)))
-
-    return step
 
 
 def _store(
-    params: Params,
+    params: Params | UniZero,
     config: WorldModelConfig,
     search_config: SearchConfig,
     num_envs: int,
@@ -97,32 +127,45 @@ def _store(
     kept = search_config.kept_nodes
     require(mesh is None, 'route "store" searches on one device: play without --devices')
     require(kept == 0, f'route "store" begins each search anew: kept_nodes must be 0, got {kept}')
-    clear = jax.jit(stores.clear_environment, donate_argnames=("store",))
-    store = stores.init_store(config, num_envs, search_config.num_simulations)
-    latent, model = (
-        np.zeros((num_envs, config.embed_dim), np.float32),
-        prepare(params, config=config),
-    )
-    timestep = np.zeros(num_envs, np.int32)
+    return _Stored(params, config, search_config, num_envs)
 
-    def step(rng: jax.Array, observation: Array, last_action: Array) -> Answer:
-        nonlocal store, latent, timestep
+
+class _Stored:
+    """The state: the store, the latents [B, E] of the last observations, their clocks [B]."""
+
+    def __init__(
+        self,
+        params: Params | UniZero,
+        config: WorldModelConfig,
+        search_config: SearchConfig,
+        num_envs: int,
+    ) -> None:
+        store = stores.init_store(config, num_envs, search_config.num_simulations)
+        latent = np.zeros((num_envs, config.embed_dim), np.float32)
+        self.state: tuple[Store, Array, Array] = store, latent, np.zeros(num_envs, np.int32)
+        self._model = prepare(params, config=config)
+        self._how: Any = {"config": config, "search": search_config}
+        self._is_sampled = config.num_sampled_actions is not None
+        self._clear = jax.jit(stores.clear_environment, donate_argnames=("store",))
+
+    def __call__(self, rng: jax.Array, observation: Array, last_action: Array) -> Answer:
+        store, latent, timestep = self.state
         starts = np.asarray(is_first(last_action))
-        timestep = np.where(starts, 0, timestep + 1)
+        timestep = np.where(starts, 0, timestep + 1).astype(np.int32)
         for env_id in np.flatnonzero(starts):
-            store = clear(store, env_id)
-        arguments = store, latent, observation, last_action, timestep
-        how: Any = {"config": config, "search": search_config}
-        if config.num_sampled_actions is None:
-            store, latent, forest = host_search(model, *arguments, **how)
+            store = self._clear(store, env_id)
+        arguments = self._model, store, latent, observation, last_action, timestep
+        if self._is_sampled:
+            engine = np.random.default_rng(np.asarray(jax.random.key_data(rng)))
+            store, latent, drawn = sampled_host_search(engine, *arguments, **self._how)
+            actions = np.stack([sampled_tree.best(tree) for tree in drawn])
+            answer = Answer(*_said([tree.tree for tree in drawn]), actions)
+        else:
+            store, latent, forest = host_search(*arguments, **self._how)
             visits, values = _said(forest)
-            return Answer(visits, values, visits.argmax(axis=1))
-        engine = np.random.default_rng(np.asarray(jax.random.key_data(rng)))
-        store, latent, drawn = sampled_host_search(engine, model, *arguments, **how)
-        actions = np.stack([sampled_tree.best(tree) for tree in drawn])
-        return Answer(*_said([tree.tree for tree in drawn]), actions)
-
-    return step
+            answer = Answer(visits, values, visits.argmax(axis=1))
+        self.state = store, np.asarray(latent), timestep
+        return answer
 
 
 def _said(forest: list[trees.Tree]) -> tuple[Array, Array]:

@@ -2,16 +2,13 @@
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import HERE, SMALL
+from conftest import SMALL
 
 import kvjax
 from kvjax.base import tensor_files
@@ -148,34 +145,3 @@ def test_a_field_that_came_later(tmp_path):
     other = dataclasses.replace(SMALL, rope_theta=5.0)
     with pytest.raises(ValueError, match=r"rope_theta 10000.0, expected 5.0"):
         kvjax.load_state(path, state, config=other)
-
-
-OVER = """
-import sys
-import jax, kvjax, numpy as np
-from conftest import SMALL
-jax.config.update("jax_num_cpu_devices", 2)
-mesh = jax.make_mesh((2,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
-like = kvjax.init_contexts(SMALL, 2, mesh=mesh)
-loaded = kvjax.load_state(sys.argv[1], like, config=SMALL)
-assert len(loaded.timestep.devices()) == 2, loaded.timestep.sharding
-assert loaded.window.kv.sharding == like.window.kv.sharding
-kvjax.save_state(sys.argv[2], loaded, config=SMALL)
-"""
-
-
-def test_from_one_device_to_two_and_back(tmp_path):
-    state = drawn(contexts())
-    one, two = tmp_path / "one", tmp_path / "two"
-    kvjax.save_state(one, state, config=SMALL)
-    path = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
-    code = OVER.replace("jax.config", "\njax.config")
-    done = subprocess.run(
-        [sys.executable, "-c", code, one, two],
-        env=os.environ | {"PYTHONPATH": path, "JAX_NUM_CPU_DEVICES": "2"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    same_bits(kvjax.load_state(two, contexts(), config=SMALL), state)
-    assert one.read_bytes() == two.read_bytes()
