@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kvjax.base.values import require, require_shape
+from kvjax.base.values import require, require_one_of, require_shape
 from kvjax.config import WorldModelConfig
 from kvjax.model import gaussian
 from kvjax.model.checks import validate_model
@@ -29,8 +29,13 @@ from kvjax.model.root_window import View
 from kvjax.model.world_model import Params, WorldModel
 from kvjax.ops import position
 
+WEIGHT_DTYPES = ("float32", "bfloat16")
+"""Of matrices, see `prepare`."""
+
 _UNROLLED = 32
 """The largest SimNorm group that is written out, which is faster; it takes time to compile."""
+
+_replace = dataclasses.replace
 
 Cached = tuple[tuple[jax.Array, jax.Array], ...]
 """Keys and values [B, T, E] of each layer."""
@@ -107,27 +112,63 @@ class UniZero:
         return jnp.promote_types(self.blocks[0].qkv.weight.dtype, jnp.float32)
 
 
-def prepare(params: Params | UniZero, *, config: WorldModelConfig) -> UniZero:
+def prepare(
+    params: Params | UniZero, *, config: WorldModelConfig, dtype: str | None = None
+) -> UniZero:
     """Folds a model's variables once, instead of in every call that is given variables.
 
     Worth it for wide models: their [E, 4E] matrices are then rewritten once. Prepare again whenever
     the variables change.
 
-    What is prepared already is handed back.
+    Args:
+      params: the variables, or what was prepared of them.
+      config: the model's configuration.
+      dtype: "bfloat16" keeps the transformer's and the heads' matrices so. Activations are rounded
+        to it where they meet them, sums are float32, and so is all else: norms, embeddings,
+        attention, the encoder. By default matrices are as the variables are.
 
     Raises:
-      TypeError, ValueError: the variables are not a model's of this configuration.
+      TypeError, ValueError: the variables are not a model's of this configuration, or a dtype other
+        than these.
     """
     validate(params, config)
+    if dtype is not None:
+        require_one_of("dtype", dtype, WEIGHT_DTYPES)
     if isinstance(params, UniZero):
-        return params
-    model: UniZero = _prepare(params, config=config)
+        if dtype is None:
+            return params
+        params = params.params
+    model: UniZero = _prepare(params, config=config, dtype=dtype)
     return model
 
 
-@functools.partial(jax.jit, static_argnames=("config",))
-def _prepare(params: Params, *, config: WorldModelConfig) -> UniZero:
-    return fold(params, config=config)
+@functools.partial(jax.jit, static_argnames=("config", "dtype"))
+def _prepare(params: Params, *, config: WorldModelConfig, dtype: str | None) -> UniZero:
+    model = fold(params, config=config)
+    return model if dtype in (None, "float32") else _rounded(model, dtype)
+
+
+def _rounded(model: UniZero, dtype: str | None) -> UniZero:
+    """With the matrices of its blocks and heads in another dtype."""
+
+    def matrices(part: Any) -> Any:
+        return jax.tree.map(round_one, part, is_leaf=lambda x: isinstance(x, Linear))
+
+    def round_one(layer: Any) -> Any:
+        is_matrix = isinstance(layer, Linear) and layer.weight.ndim > 1
+        return _replace(layer, weight=layer.weight.astype(dtype)) if is_matrix else layer
+
+    heads = [
+        Heads(matrices(pair.hidden), pair.norm, matrices(pair.outputs))
+        for pair in (model.at_action, model.at_observation)
+    ]
+    return _replace(
+        model,
+        blocks=matrices(model.blocks),
+        at_action=heads[0],
+        at_observation=heads[1],
+        gaussian=matrices(model.gaussian),
+    )
 
 
 def validate(params: Params | UniZero, config: WorldModelConfig) -> None:
@@ -258,7 +299,14 @@ def _rstd(centred: jax.Array, axis: int = 0) -> jax.Array:
 
 def _apply(layer: Linear, x: jax.Array, scale: jax.Array | float = 1.0) -> jax.Array:
     """`weight @ (scale * x) + bias` with the scale [1, B] applied after the product."""
-    return (layer.weight @ x) * scale + layer.bias[:, None]
+    return product(layer.weight, x) * scale + layer.bias[:, None]
+
+
+def product(weight: jax.Array, x: jax.Array) -> jax.Array:
+    """`weight @ x`; of bfloat16 weights in one multiplication of bfloat16 with float32 sums."""
+    if weight.dtype != jnp.bfloat16:
+        return weight @ x
+    return jnp.matmul(weight, x.astype(weight.dtype), preferred_element_type=jnp.float32)
 
 
 def token_step(

@@ -19,6 +19,7 @@ import numpy as np
 from kvjax.base.values import require, require_count
 from kvjax.config import SearchConfig
 from kvjax.model.checkpoint import Checkpoint
+from kvjax.model.unizero import prepare
 from kvjax.tools import gif, play_saving
 from kvjax.tools.play_rows import DIGEST_SIZE, Row, side_by_side
 from kvjax.tools.play_saving import Keeper, SavedRun, Tensors
@@ -77,6 +78,7 @@ def play(
     keep_context: bool = True,
     gif_path: str | Path | None = None,
     mesh: jax.sharding.Mesh | None = None,
+    dtype: str = "float32",
     save: str | Path | None = None,
     save_every: int = SAVE_EVERY,
     resume: bool = False,
@@ -95,6 +97,7 @@ def play(
         current observation only.
       gif_path: where to write the first episode as an animation.
       mesh: devices to search on, over which the environments are divided evenly.
+      dtype: of the model's matrices, see `kvjax.prepare`.
       save: a folder, made if it is missing, that takes what another process needs to go on with the
         same actions; see `kvjax.tools.play_saving`.
       save_every: steps of the batch from one save to the next.
@@ -123,7 +126,8 @@ def play(
         folder = None if save is None else stack.enter_context(play_saving.alone_in(save))
         saved = play_saving.saved_run(folder) if folder and resume else None
         batch = _batch(episodes, devices) if saved is None else _batch_of(saved, devices)
-        begin = functools.partial(way, agent.params, agent.config, search, batch, mesh)
+        model = prepare(agent.params, config=agent.config, dtype=dtype)
+        begin = functools.partial(way, model, agent.config, search, batch, mesh)
         rows = stack.enter_context(
             side_by_side(environment, agent.config, batch, render=frames is not None)
         )
@@ -131,8 +135,9 @@ def play(
         step = begin()
         keeper = None
         if folder is not None:
-            said = play_saving.said_of(agent, search, route, episodes, seed, keep_context, batch)
-            keeper = Keeper(folder, said, run, step, save_every)
+            said = play_saving.said_of(agent, search, str(route), batch)
+            said |= {"episodes": episodes, "seed": seed, "keep_context": keep_context}
+            keeper = Keeper(folder, said | {"dtype": dtype}, run, step, save_every)
             keeper.begin(agent, saved)
         run.play(step, begin, keep_context, keeper, frames, progress)
     summary = run.summary()

@@ -11,6 +11,7 @@ from kvjax.base.values import require
 from kvjax.config import SearchConfig
 from kvjax.model import checkpoint
 from kvjax.model.checkpoint import Checkpoint
+from kvjax.model.unizero import WEIGHT_DTYPES
 from kvjax.tools import play_saving
 from kvjax.tools.agent import Found
 from kvjax.tools.machine import mesh_of
@@ -29,6 +30,7 @@ _DEFAULTS: dict[str, Any] = {
     "seed": 0,
     "no_context": False,
     "route": "tree",
+    "dtype": "float32",
 }
 """Options that make a run the one that it is, and what they are unless they are said."""
 
@@ -54,6 +56,11 @@ def add_options(play: argparse.ArgumentParser) -> None:
     )
     text = f"the tree in one jit, or on the host{default['route']}"
     play.add_argument("--route", choices=ROUTES, help=text)
+    play.add_argument(
+        "--dtype",
+        choices=WEIGHT_DTYPES,
+        help=f"of the transformer's and the heads' matrices{default['dtype']}",
+    )
     play.add_argument(
         "--devices",
         type=int,
@@ -114,6 +121,7 @@ def run(args: argparse.Namespace, measured: list[Callable[[], None]]) -> int:
                 keep_context=not args.no_context,
                 gif_path=args.gif,
                 mesh=mesh,
+                dtype=args.dtype,
                 save=folder,
                 save_every=args.save_every,
                 resume=folder is not None,

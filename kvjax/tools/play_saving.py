@@ -22,7 +22,7 @@ from kvjax.config import SearchConfig
 from kvjax.mcts import states
 from kvjax.model import checkpoint
 from kvjax.model.checkpoint import Checkpoint
-from kvjax.tools.routes import Resumable, Route, Step
+from kvjax.tools.routes import Resumable, Step
 
 AGENT, COMMAND, RUN = "agent.safetensors", "command.json", "run.safetensors"
 _LOCK = "lock"
@@ -153,20 +153,11 @@ class SavedRun:
         return {k.removeprefix(start): v for k, v in found if k.startswith(start)}
 
 
-def said_of(
-    agent: Checkpoint,
-    search: SearchConfig,
-    route: str | Route,
-    episodes: int,
-    seed: int,
-    keep_context: bool,
-    batch: int,
-) -> dict[str, Any]:
-    """What makes a run the one that it is, as JSON has it."""
+def said_of(agent: Checkpoint, search: SearchConfig, route: str, batch: int) -> dict[str, Any]:
+    """How a run is searched, as JSON has it."""
     said = dict(dataclasses.asdict(search))
     said["q_transform"] = search.q_transform and str(search.q_transform)
-    said |= {"episodes": episodes, "seed": seed, "keep_context": keep_context, "batch": batch}
-    return said | {"route": str(route), "agent digest": digest_of(agent)}
+    return said | {"batch": batch, "route": route, "agent digest": digest_of(agent)}
 
 
 class Run(Protocol):

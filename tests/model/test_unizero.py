@@ -67,3 +67,85 @@ def test_what_was_prepared_for_another_configuration_is_refused(mode, change):
         return
     with pytest.raises(ValueError, match="prepared for .* call kvjax.prepare"):
         unizero.validate(model, other)
+
+
+def rounded(x):
+    return np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64)
+
+
+def test_a_product_of_bfloat16_weights():
+    """Both sides are rounded, once; nothing else is."""
+    draw = np.random.default_rng(0)
+    weight, x = (draw.normal(size=shape).astype(np.float32) for shape in ((37, 129), (129, 9)))
+    found = jax.jit(unizero.product)(jnp.asarray(weight, jnp.bfloat16), x)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, rounded(weight) @ rounded(x), rtol=0, atol=2e-5)
+    assert np.abs(found - weight.astype(np.float64) @ x).max() > 1e-2
+    weight = jnp.asarray(weight)
+    np.testing.assert_array_equal(unizero.product(weight, x), weight @ x)
+
+
+CONTINUOUS = {"sigma_type": "conditioned", "num_sampled_actions": 4}
+
+
+@pytest.mark.parametrize("layout", [{}, MAIN, CONTINUOUS], ids=["0.2.0", "main", "continuous"])
+def test_which_weights_become_bfloat16(layout):
+    """Matrices of blocks and heads: all that a simulation multiplies by."""
+    config = dataclasses.replace(SMALL, **layout)
+    params = random_params(config)
+    plain = unizero.prepare(params, config=config)
+    model = unizero.prepare(params, config=config, dtype="bfloat16")
+    named = zip(jax.tree.leaves_with_path(model), jax.tree.leaves(plain), strict=True)
+    changed = {jax.tree_util.keystr(path) for (path, x), y in named if x.dtype != y.dtype}
+    matrices = [
+        f".blocks[{layer}].{name}.weight"
+        for layer in range(2)
+        for name in ("qkv", "projection", "expand", "contract")
+    ]
+    outputs = {"at_action": 2, "at_observation": 1 if layout is CONTINUOUS else 2}
+    for pair, count in outputs.items():
+        matrices += [f".{pair}.hidden.weight"]
+        matrices += [f".{pair}.outputs[{index}].weight" for index in range(count)]
+    if layout is CONTINUOUS:
+        names = ("hidden", "deeper", "mean", "log_sigma")
+        matrices += [f".gaussian.{name}.weight" for name in names]
+    assert changed == set(matrices)
+    np.testing.assert_array_equal(
+        model.blocks[0].qkv.weight, plain.blocks[0].qkv.weight.astype(jnp.bfloat16)
+    )
+    assert model.dtype == jnp.float32
+    assert unizero.prepare(model, config=config) is model
+    again = unizero.prepare(model, config=config, dtype="float32")
+    chex.assert_trees_all_equal(again, plain)
+    with pytest.raises(ValueError, match="dtype must be one of float32, bfloat16, got 'float16'"):
+        unizero.prepare(params, config=config, dtype="float16")
+
+
+def test_steps_of_bfloat16_weights(monkeypatch):
+    """The same as of numbers that were rounded, computed in float32."""
+    config = with_mode(SMALL, "rebuild")
+    params = random_params(config)
+    model = unizero.prepare(params, config=config, dtype="bfloat16")
+    plain = unizero.prepare(params, config=config)
+    draw = np.random.default_rng(1)
+    seen = draw.normal(size=(9, 3, *config.observation_shape)).astype(np.float32)
+    acted = draw.integers(config.num_actions, size=(9, 3)).astype(np.int32)
+
+    def episode(model):
+        step = jax.jit(functools.partial(advance, model, config=config))
+        contexts = init_contexts(config, 3)
+        for observation, action in zip(seen, acted, strict=True):
+            contexts, policy, value = step(contexts, observation, action)
+        return policy, value
+
+    found, exact = episode(model), episode(plain)
+    monkeypatch.setattr(
+        unizero,
+        "product",
+        lambda weight, x: weight.astype(jnp.float32) @ x.astype(weight.dtype).astype(jnp.float32),
+    )
+    same = episode(model)
+    far = [np.abs(x - y).max() for x, y in zip(found, exact, strict=True)]
+    near = [np.abs(x - y).max() for x, y in zip(found, same, strict=True)]
+    assert max(near) < min(far) / 10
+    assert 1e-4 < max(far) < 0.1

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvjax.model.unizero import Block, Heads, UniZero
+from kvjax.model.unizero import Block, Heads, UniZero, product
 from kvjax.tools.bench.timing import finished
 
 _SMALLEST = 1e-6
@@ -58,15 +58,16 @@ def _chain(model: UniZero, start: jax.Array, *, simulations: int) -> jax.Array:
 
 
 def _layer(block: Block, x: jax.Array) -> jax.Array:
-    query, key, value = jnp.split(block.qkv.weight @ x, 3)
-    x = block.projection.weight @ (query + key * value)
-    return block.contract.weight @ (block.expand.weight @ x)
+    query, key, value = jnp.split(product(block.qkv.weight, x), 3)
+    x = product(block.projection.weight, query + key * value)
+    return product(block.contract.weight, product(block.expand.weight, x))
 
 
 def _heads(heads: Heads, x: jax.Array) -> jax.Array:
     """Both heads' outputs, which reach the next stream by their extremes, at its scale."""
-    parts = jnp.split(heads.hidden.weight @ x, len(heads.outputs))
-    outputs = [output.weight @ part for output, part in zip(heads.outputs, parts, strict=True)]
+    parts = jnp.split(product(heads.hidden.weight, x), len(heads.outputs))
+    pairs = zip(heads.outputs, parts, strict=True)
+    outputs = [product(output.weight, part) for output, part in pairs]
     reached = sum(jnp.max(output, axis=0) for output in outputs)
     mixed = x + reached
     return mixed / (jnp.max(jnp.abs(mixed), axis=0) + _SMALLEST)
