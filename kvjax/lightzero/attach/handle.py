@@ -13,7 +13,7 @@ Shapes: P environments.
 import logging
 import weakref
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from functools import partial
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ from kvjax.lightzero import module
 from kvjax.lightzero.attach import caches
 from kvjax.lightzero.attach.attached import STATE, Attachment, attached_class, state_of
 from kvjax.lightzero.attach.bridge import Bridge
+from kvjax.lightzero.attach.logged import log_with
 from kvjax.lightzero.attach.shadow import Shadow
 from kvjax.store.statistics import Statistics
 
@@ -126,6 +127,22 @@ class Handle:
         """Counters of look-ups, hits, evictions and padding, and how full the pools are."""
         return state_of(self._module()).bridge.stats(scope)
 
+    def log_with(self, worker: Any, scope: str | None = None) -> None:
+        """Adds the counters to what LightZero's collector or evaluator reports.
+
+        Whenever it logs its own numbers, its logger gets `stats(scope)` as text, and its
+        TensorBoard a curve of each, `evaluator_iter/kvjax_hit_rate` and so on. Nothing is added
+        once the model is detached.
+
+        Args:
+          worker: LightZero's `MuZeroCollector` or `MuZeroEvaluator`.
+          scope: whose counters, see `scope()`; None is outside of any.
+
+        Raises:
+          ValueError: the worker is neither.
+        """
+        log_with(worker, partial(_stats_or_none, self, scope))
+
     @property
     def disagreements(self) -> list[str]:
         """What shadow mode found."""
@@ -162,6 +179,13 @@ class Handle:
             wm.use_new_cache_manager = state.own_flag
         if isinstance(wm.keys_values_wm_list, caches.Rows):
             wm.keys_values_wm_list = list(wm.keys_values_wm_list)
+
+
+def _stats_or_none(handle: "Handle", scope: str | None) -> Statistics | None:
+    """None of a model that is detached or gone, or of a scope that nobody was in yet."""
+    with suppress(ValueError):
+        return handle.stats(scope)
+    return None
 
 
 _KEYS_AND_VALUES, _RAW_TOKENS = (
