@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import FULL
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -155,7 +156,7 @@ operation = st.one_of(
     st.tuples(st.just("touch"), st.lists(row, min_size=ROWS, max_size=ROWS)),
     st.tuples(st.sampled_from(["clear", "remove"]), row),
 )
-EXAMPLES, OPERATIONS = 60, 40  # each with ROWS rows, for each policy: 28,800 in all
+EXAMPLES, OPERATIONS = (60 if FULL else 25), 40  # each with ROWS rows, for each policy
 
 
 @pytest.mark.parametrize("eviction", pools.EVICTIONS)
