@@ -65,7 +65,9 @@ def _find_own(path: Path, said: dict[str, Any], env: str | None) -> Found:
     check_names(said)
     agent = checkpoint.load(path, env=env)
     stored = dataclasses.asdict(agent.config)
-    origins = dict.fromkeys(stored, f"from {path}") | dict.fromkeys(said, SAID)
+    is_shipped = path in checkpoint.shipped().values()
+    here = f"from the shipped {path.stem}" if is_shipped else f"from {path}"
+    origins = dict.fromkeys(stored, here) | dict.fromkeys(said, SAID)
     mode = {name: said.pop(name) for name in ("window_mode",) if name in said}
     for name, value in said.items():
         if value != stored[name]:
