@@ -53,6 +53,7 @@ class TrainConfig:
     unroll_steps: int = 10  # num_unroll_steps
     td_steps: int = 5
     seek_start: int = 0  # a sequence begins with an episode that begins within so many steps
+    reanalyze_ratio: float = 0.0  # share of a batch whose policies are searched again
     learning_rate: float = 3e-3
     weight_decay: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.95)
@@ -99,6 +100,9 @@ class TrainConfig:
             value = getattr(self, name)
             in_range = is_number(value) and 0.0 < value <= 1.0
             require(in_range, f"{name} must be in (0, 1], got {value!r}")
+        share = self.reanalyze_ratio
+        in_range = is_number(share) and 0.0 <= share <= 1.0
+        require(in_range, f"reanalyze_ratio must be in [0, 1], got {share!r}")
         require_one_of("latent_loss", self.latent_loss, LATENT_LOSSES)
         self._check_sizes()
         self.searched, self.evaluated  # noqa: B018  (each checks its own fields)
@@ -126,6 +130,11 @@ class TrainConfig:
     def drawn_length(self) -> int:
         """Steps that are drawn, of which a sequence is a part."""
         return self.sequence_length + self.seek_start
+
+    @property
+    def reanalysed_rows(self) -> int:
+        """Sequences of a batch that are searched again."""
+        return round(self.reanalyze_ratio * self.batch_size)
 
     @property
     def steps_per_iteration(self) -> int:

@@ -19,6 +19,7 @@ from kvjax.train.config import TrainConfig
 from kvjax.train.environments import Environment
 from kvjax.train.learn import Learner
 from kvjax.train.losses import Losses
+from kvjax.train.reanalyse import reanalyse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +119,7 @@ def iterate(state: TrainState, key: jax.Array, setup: Setup) -> tuple[TrainState
 
     def one(carry: tuple[Learner, jax.Array], n: jax.Array) -> Any:
         learner, failed_at = carry
-        batch = drawn(memory, of_updates, n, setup)
+        batch = drawn(memory, learner, of_updates, n, setup)
         after, losses = learn.update(learner, batch, config=config, train=train)
         fits = (failed_at < 0) & learn.is_finite(after)
         learner = jax.tree.map(lambda new, old: jnp.where(fits, new, old), after, learner)
@@ -136,16 +137,31 @@ def iterate(state: TrainState, key: jax.Array, setup: Setup) -> tuple[TrainState
     return TrainState(learner, actors, memory, state.iteration + 1, failed_at), report
 
 
-def drawn(memory: Any, of_updates: jax.Array, n: jax.Array, setup: Setup) -> Transition:
-    """The sequences of an iteration's update n."""
-    batch: Transition = setup.memory.sample(memory, jax.random.fold_in(of_updates, n)).experience
-    return learn.from_starts(batch, setup.train) if setup.train.seek_start else batch
+def drawn(
+    memory: Any, learner: Learner, of_updates: jax.Array, n: jax.Array, setup: Setup
+) -> Transition:
+    """The sequences of an iteration's update n, some of them searched again."""
+    train, key = setup.train, jax.random.fold_in(of_updates, n)
+    batch: Transition = setup.memory.sample(memory, key).experience
+    if train.seek_start:
+        batch = learn.from_starts(batch, train)
+    if train.reanalysed_rows:
+        batch = reanalyse(
+            learner.target,
+            jax.random.fold_in(key, 1),
+            batch,
+            train.reanalysed_rows,
+            train.unroll_steps,
+            config=setup.model,
+            search_config=train.searched,
+        )
+    return batch
 
 
 def failed_batch(state: TrainState, key: jax.Array, setup: Setup) -> Transition:
     """The sequences of the update that failed in the iteration that led to a state."""
     _, of_updates = jax.random.split(jax.random.fold_in(key, state.iteration - 1))
-    return drawn(state.memory, of_updates, state.failed_at, setup)
+    return drawn(state.memory, state.learner, of_updates, state.failed_at, setup)
 
 
 def evaluate(learner: Learner, key: jax.Array, setup: Setup) -> jax.Array:

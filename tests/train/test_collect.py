@@ -12,6 +12,7 @@ from conftest import random_params
 from kvjax import init_contexts, search
 from kvjax.model import unizero
 from kvjax.train import Step, collect
+from kvjax.train.reanalyse import reanalyse
 
 ROWS, STEPS = 2, 12
 CONFIG = dataclasses.replace(tiny.SETUP.model, observation_size=3)
@@ -85,3 +86,24 @@ def test_episodes_are_played_one_after_the_other():
     assert kept.truncated.any()
     assert kept.terminated.any()
     np.testing.assert_array_equal(played.ended, kept.terminated | kept.truncated)
+
+
+def test_what_is_searched_again_by_the_same_weights_is_what_was_found():
+    """Over ends of episodes; rows behind those that are searched stay as they are."""
+    params, env = random_params(CONFIG), Walk()
+    model = unizero.fold(params, config=CONFIG)
+    options = {"config": CONFIG, "search_config": SEARCH}
+    actors = collect.begin(jax.random.key(1), env, ROWS + 1, config=CONFIG)
+    play = functools.partial(collect.collect, env=env, steps=STEPS, **options)
+    _, played = jax.jit(play)(model, actors, jax.random.key(0))
+    found = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), played.transition)
+    assert bool(found.truncated.any())
+    nothing = {name: jnp.zeros_like(getattr(found, name)) for name in ("policy", "value")}
+    spoilt = dataclasses.replace(found, **nothing)
+    again = functools.partial(reanalyse, rows=ROWS, steps=STEPS - 2, **options)
+    back = jax.jit(again)(params, jax.random.key(2), spoilt)
+    for name in nothing:
+        ours, theirs = getattr(back, name), np.array(getattr(found, name))
+        theirs[ROWS:], theirs[:, STEPS - 2 :] = 0, 0
+        np.testing.assert_allclose(ours, theirs, atol=1e-5, err_msg=name)
+        assert np.ptp(theirs[:ROWS, : STEPS - 2]) > 0.1
