@@ -1,20 +1,23 @@
 """Tries every UniZero configuration of LightZero and writes zoo.md.
 
-    python docs/make_zoo.py [FOLDER]
+    python docs/make_zoo.py RELEASE MAIN [KEPT]
 
-Release 0.2.0 is taken as it is installed. FOLDER is a clone of LightZero's main branch; without one
-its rows are left out. Needs what `make test` installs; takes half an hour.
+The folders are clones of LightZero, at v0.2.0 (what is installed of it lacks a few configurations)
+and of its main branch. Needs what `make test` installs; takes half an hour of one core. Rows are
+added to files in the folder KEPT as they are found, and what is there is not tried again.
 """
 
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 DOCS = Path(__file__).parent
 TRIES = DOCS.parent / "tests" / "lightzero_zoo.py"
 COLUMNS = ("loads", "searches", "verifies", "attaches")
+TITLES = {"release": "Release 0.2.0", "main": "The main branch, August 2026"}
 
 HEAD = """# LightZero's UniZero configurations
 
@@ -28,22 +31,19 @@ weights, as wide and deep as it says. Then kvjax
 * **attaches** to it, in shadow: of how many comparisons with LightZero's own caches all agree.
 
 Where LightZero does not build its own file as it stands, the patch that lets it is named beside the
-model. `python docs/make_zoo.py FOLDER` writes this page, `tests/lightzero/test_zoo.py` holds some
-of it.
+model. Text encoders are not built: what they would make is drawn in their place. Of models of
+several tasks the last task is tried. `python docs/make_zoo.py RELEASE MAIN` writes this page,
+`tests/lightzero/test_zoo.py` holds some of it, and all of the release with `KVJAX_FULL=1`.
 """
 
 
-def rows(folder=None):
-    """What was tried with a release: dictionaries."""
-    paths = [*([folder] if folder else []), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-    found = subprocess.run(
-        [sys.executable, str(TRIES)],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    return [json.loads(line) for line in found.stdout.splitlines() if line.startswith("{")]
+def rows(folder, kept):
+    """What was tried with a clone of LightZero: dictionaries; `kept` has those known before."""
+    paths = (folder, *os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    subprocess.run([sys.executable, str(TRIES), str(kept)], env=environment, check=True)
+    found = [json.loads(line) for line in kept.read_text().splitlines()]
+    return sorted(found, key=lambda row: row["name"])
 
 
 def table(title, found):
@@ -57,13 +57,26 @@ def table(title, found):
     return "\n".join(lines) + "\n"
 
 
-def main():
+def summary(found):
+    """How many rows have a figure in each column, in Markdown."""
+    counts = {column: sum(row[column][:1].isdigit() for row in found) for column in COLUMNS}
+    told = ", ".join(f"{column} {count}" for column, count in counts.items())
+    both = sum(row["searches"][:1].isdigit() and row["verifies"][:1].isdigit() for row in found)
+    return f"\nOf {len(found)} configurations kvjax {told}; {both} are searched and verified.\n"
+
+
+def main(release, main_branch, kept=None):
     """Writes the page."""
-    page = HEAD + table("Release 0.2.0", rows())
-    if len(sys.argv) > 1:
-        page += table("The main branch", rows(sys.argv[1]))
+    with tempfile.TemporaryDirectory() as folder:
+        kept = Path(kept or folder)
+        found = {
+            "release": rows(release, kept / "release.jsonl"),
+            "main": rows(main_branch, kept / "main.jsonl"),
+        }
+    page = HEAD + summary([row for part in found.values() for row in part])
+    page += "".join(table(TITLES[name], part) for name, part in found.items())
     (DOCS / "zoo.md").write_text(page)
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

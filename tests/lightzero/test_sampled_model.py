@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 from kvjax import lightzero
+from kvjax.lightzero.traces import npz
 from kvjax.model import step, unizero
 from kvjax.model.contexts import advance, init_contexts
 from kvjax.tools.bench import lightzero_020
+from kvjax.tools.parity.verify import verify
 
 pytestmark = [
     pytest.mark.skipif(not lightzero_020.available(), reason="LightZero 0.2.0 is not installed"),
@@ -161,8 +163,63 @@ def test_an_attached_model_answers_as_before():
             np.testing.assert_allclose(one, other, atol=1e-5)
 
 
-def test_a_trace_of_continuous_actions_is_refused_before_it_is_recorded(tmp_path):
-    path = tmp_path / "trace.npz"
-    with pytest.raises(ValueError, match="a trace holds discrete actions"):
-        lightzero.record_trace(model_of("conditioned"), path)
-    assert not path.exists()
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    """A trace of continuous actions: windows that slide, and a restart half way."""
+    path = tmp_path_factory.mktemp("traces") / "trace.npz"
+    return path, lightzero.record_trace(model_of("conditioned"), path, steps=8, simulations=4)
+
+
+@pytest.mark.parametrize("route", ["tree", "store"])
+def test_a_trace_of_continuous_actions_is_verified(recorded, route):
+    report = verify(recorded[0], route=route, tolerance=1e-5)
+    assert report.ok, report
+    assert report.found["simulations"] == 32
+
+
+def test_a_trace_says_which_gaussian_it_is_of(tmp_path):
+    model, path = model_of("fixed"), tmp_path / "trace.npz"
+    trace = lightzero.record_trace(model, path, rows=1, steps=2, simulations=1)
+    own, _ = lightzero.load(model, encoder=None, num_sampled_actions=20)
+    assert trace.config == own
+    assert (own.sigma_type, own.fixed_sigma_value, own.bound_type) == ("fixed", 0.3, "tanh")
+
+
+def test_the_walks_of_continuous_actions(recorded):
+    _, trace = recorded
+    steps = list(trace.steps())
+    starts = [bool(np.isnan(step["action"]).all()) for step in steps]
+    assert starts == [True, False, False, False, True, False, False, False]
+    assert steps[1]["sim_action"].shape == (4, 3, 2)
+    assert steps[1]["policy_logits"].shape == (3, 4)
+    assert len({float(x) for step in steps for x in step["sim_action"].flat}) > 100
+
+
+def changed(path, target, change):
+    arrays = npz.read_arrays(path)
+    change(arrays)
+    np.savez(target, **arrays)
+    return target
+
+
+@pytest.mark.parametrize("name", ["step1/action", "step2/sim_action"])
+def test_other_actions_are_found_out(recorded, tmp_path, name):
+    def move(arrays):
+        arrays[name] = arrays[name] + np.float32(0.1)
+
+    assert not verify(changed(recorded[0], tmp_path / "moved.npz", move)).ok
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("step1/action", np.array([[0.0, np.nan]] * 3), "step1/action holds 3 NaN or infinity"),
+        ("step1/action", np.full((3, 2), np.inf), "step1/action holds 6 NaN or infinity"),
+        ("step1/action", np.zeros(3), r"step1/action has shape \(3,\), expected \(3, 2\)"),
+        ("step1/sim_action", np.full((4, 3, 2), np.nan), "step1/sim_action holds 24 NaN"),
+    ],
+)
+def test_broken_actions_are_refused(recorded, tmp_path, name, value, message):
+    path = changed(recorded[0], tmp_path / "broken.npz", lambda x: x.update({name: value}))
+    with pytest.raises(ValueError, match=message):
+        verify(path)

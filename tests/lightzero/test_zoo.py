@@ -2,6 +2,7 @@
 
 import os
 
+import lightzero_building as building
 import lightzero_zoo as zoo
 import pytest
 
@@ -14,14 +15,12 @@ pytestmark = [
 
 NAMES = ["cartpole_unizero", "pendulum_cont_sampled_unizero"]
 if os.environ.get("KVJAX_FULL"):
-    NAMES = sorted(zoo.files())
+    NAMES = sorted(building.files())
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_configuration(name, tmp_path):
-    row = zoo.tried(name, zoo.files()[name], tmp_path)
-    said = (row.loads, row.searches, row.attaches)
-    if "continuous" not in row.model:  # of drawn actions there are no traces
-        said += (row.verifies,)
+    row = zoo.tried(name, building.files()[name], tmp_path)
+    said = (row.loads, row.searches, row.attaches, row.verifies)
     assert all(said)
     assert not [x for x in said if x.startswith(("refused", "LightZero"))]

@@ -22,15 +22,12 @@ from kvjax.base.dlpack import to_torch
 from kvjax.base.values import require, require_count
 from kvjax.config import WorldModelConfig
 from kvjax.lightzero.checkpoint import load
-from kvjax.lightzero.traces import clip, one_task, trace
+from kvjax.lightzero.traces import clip, one_task, trace, walks
 from kvjax.lightzero.traces.recording import CONFIG, Array, Arrays
-from kvjax.lightzero.traces.trace import ASKED, POLICY_CLIP, SIZES, Trace
-from kvjax.model.step import FIRST_STEP
+from kvjax.lightzero.traces.trace import ASKED, GAUSSIAN, POLICY_CLIP, SIZES, Trace
 
 _MOST_ROWS = 8
 _DEFAULT_SIMULATIONS = 50  # of LightZero's pools, where the configuration says nothing
-_GO_DEEPER = 0.6  # share of simulations that expand the newest node
-_STEP_OF_A_WALK = 0.5  # in standard deviations of a latent's logits
 _NOT_ITS_OWN = (
     "the model stored no root window: something else manages its caches, detach that first"
 )
@@ -60,8 +57,8 @@ def record_trace(
       world_model: LightZero's `WorldModel` or `UniZeroModel`, of release 0.2.0 or of main; or the
         multi-task ones of main.
       path: the file, `.npz`.
-      steps: environment steps; episodes restart half way, with 0.2.0 and in multi-task models in
-        all rows at once.
+      steps: environment steps; episodes restart half way, with 0.2.0, continuous actions and in
+        multi-task models in all rows at once.
       simulations: N, of each step.
       rows: B, at most the model's `env_num`; up to 8 of these by default.
       seed: of the walks.
@@ -72,14 +69,12 @@ def record_trace(
 
     Raises:
       OSError: the file cannot be written; said before the model is asked.
-      ValueError: a model that kvjax does not read, one of continuous actions, sizes that do not fit
-        it, a model whose caches something else manages, or one that gives two nodes of a step the
-        same latent, which LightZero then takes for each other (an untrained observation head, all
-        zeros, does).
+      ValueError: a model that kvjax does not read, sizes that do not fit it, a model whose caches
+        something else manages, or one that gives two nodes of a step the same latent, which
+        LightZero then takes for each other (an untrained observation head, all zeros, does).
     """
     model = getattr(world_model, "world_model", world_model)
     config, _ = load(model, task_id=task_id, encoder=None, use_policy_logits_clip="ignore")
-    require(not config.is_continuous, "a trace holds discrete actions, this model's are continuous")
     path = Path(path)
     require(path.suffix == ".npz", f"a trace's name must end in .npz, got {path}")
     rows = min(model.env_num, _MOST_ROWS) if rows is None else rows
@@ -127,6 +122,8 @@ def _description(model: Any, config: WorldModelConfig) -> dict[str, Any]:
     """What a trace says of its model."""
     modes = {"reset": "exact_kv_window_reset", "rebuild": "rebuild_kv_window_from_tokens"}
     described = {name: getattr(config, field) for name, field in (ASKED | SIZES).items()}
+    if config.is_continuous:
+        described |= {name: getattr(config, name) for name in GAUSSIAN}
     described |= {"blocks": int(model.config.max_blocks), "rope": config.is_rotary}
     if (policy_clip := clip.of_model(model)) is not None:
         described[POLICY_CLIP] = dataclasses.asdict(policy_clip)
@@ -167,11 +164,12 @@ class _Session:
         steps: int,
         sims: int,
     ) -> None:
-        self._model, self._config, self._rng = model, config, rng
+        self._model = model
         self._envs, self._steps, self._sims = envs, steps, sims
-        self._mixes_restarts = _is_main(model) and not one_task.has_tasks(model)
-        self._logits = rng.standard_normal((envs, config.embed_dim - config.task_size))
-        self._latent = self._walk()
+        starts_alone = _is_main(model) and not one_task.has_tasks(model)
+        self._mixes_restarts = starts_alone and not config.is_continuous
+        self._walks = walks.Walks(rng, config, envs)
+        self._latent = self._walks.latents()
         self._timestep = np.zeros(envs, np.int64)
         self._windows: dict[int, Array] = {}  # [2, L, H, length, D] by environment
         self._watch_roots()
@@ -186,17 +184,6 @@ class _Session:
                 recorded |= self._simulate(_rows_of(self._model.latent_state))
                 arrays |= {f"step{step}/{name}": array for name, array in recorded.items()}
         return arrays
-
-    def _walk(self) -> Array:
-        """The next latents of all rows, as the model's own norm would shape them: [B, E]."""
-        shape = self._logits.shape
-        self._logits = self._logits + _STEP_OF_A_WALK * self._rng.standard_normal(shape)
-        if self._config.latent_norm == "layernorm":
-            centred = self._logits - self._logits.mean(axis=1, keepdims=True)
-            return np.asarray(centred / centred.std(axis=1, keepdims=True), np.float32)
-        weights = np.exp(self._logits).reshape(shape[0], -1, self._config.simnorm_group)
-        shares = weights / weights.sum(axis=2, keepdims=True)
-        return np.asarray(shares.reshape(shape), np.float32)
 
     def _watch_roots(self) -> None:
         """Notes every window that the model stores for a root, whatever it stores it in."""
@@ -219,13 +206,13 @@ class _Session:
         restarts = np.full(len(rows), step == 0)
         if step == max(self._steps // 2, 1):
             restarts |= rows % 2 == 0 if self._mixes_restarts else True
-        action = self._rng.integers(self._config.num_actions, size=len(rows))
-        action = np.where(restarts, FIRST_STEP, action)
+        action = self._walks.actions(restarts)
         self._timestep = np.where(restarts, 0, self._timestep + 1)
-        before, self._latent = self._latent, self._walk()
+        before, self._latent = self._latent, self._walks.latents()
         self._windows.clear()
+        said, latent = walks.as_lightzero_says(action), self._tokens(self._latent)
         out = self._model.wm_forward_for_initial_infererence(
-            self._tokens(before), action.tolist(), self._tokens(self._latent), self._timestep
+            self._tokens(before), said, latent, self._timestep
         )
         if not one_task.has_tasks(self._model):
             self._model.latent_state = self._tokens(self._latent)  # its next step deletes that
@@ -270,7 +257,7 @@ class _Session:
     def _simulate(self, root: Array) -> Arrays:
         """Grows a random tree in every row."""
         rows = np.arange(self._envs)
-        parents, actions = self._random_trees()
+        parents, actions = self._walks.trees(self._sims)
         depths = np.zeros((self._sims + 1, len(rows)), np.int64)
         latents, answers = [root], []
         for index, (parent, action) in enumerate(zip(parents, actions, strict=True)):
@@ -288,21 +275,6 @@ class _Session:
         names = ("next_latent", "reward_logits", "sim_policy_logits", "sim_value_logits")
         recorded = dict(zip(names, map(np.stack, zip(*answers, strict=True)), strict=True))
         return recorded | {"parent": parents, "sim_action": actions, "depth": depths[1:]}
-
-    def _random_trees(self) -> tuple[Array, Array]:
-        """Parents and actions, [N, B] each; no row expands an edge twice."""
-        shape = self._sims, self._envs
-        parents, actions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-        for row in range(shape[1]):
-            free = [(0, action) for action in range(self._config.num_actions)]
-            for index in range(shape[0]):
-                newest = [edge for edge in free if edge[0] == index]
-                edges = newest if self._rng.random() < _GO_DEEPER else free
-                edge = edges[self._rng.integers(len(edges))]
-                free.remove(edge)
-                parents[index, row], actions[index, row] = edge
-                free += [(index + 1, action) for action in range(self._config.num_actions)]
-        return parents, actions
 
 
 def _require_distinct(latents: Array) -> None:

@@ -149,13 +149,29 @@ def check_numbers(name: str, array: Array) -> None:
 
 def take(arrays: Arrays, name: str, shape: tuple[int, ...]) -> Array:
     """The array of that name, which must be there, of that shape, and finite."""
+    array = _take(arrays, name, shape)
+    _check_finite(name, array)
+    return array
+
+
+def take_steps(arrays: Arrays, name: str, shape: tuple[int, int]) -> Array:
+    """Like `take` for actions [B, A] of numbers, a whole row of which is NaN or finite."""
+    array = _take(arrays, name, shape)
+    _check_finite(name, array[~np.isnan(array).all(axis=1)])
+    return array
+
+
+def _take(arrays: Arrays, name: str, shape: tuple[int, ...]) -> Array:
     require(name in arrays, f"{name} is missing")
     array = arrays[name]
     require(array.shape == shape, f"{name} has shape {array.shape}, expected {shape}")
     check_numbers(name, array)
+    return array
+
+
+def _check_finite(name: str, array: Array) -> None:
     wrong = int((~np.isfinite(array)).sum())
     require(wrong == 0, f"{name} holds {wrong} NaN or infinity")
-    return array
 
 
 def take_indices(

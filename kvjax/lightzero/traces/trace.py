@@ -28,6 +28,9 @@ ASKED = {
 }
 """What a trace says of its model beside the weights, and fields of `WorldModelConfig`."""
 
+GAUSSIAN = ("sigma_type", "fixed_sigma_value", "bound_type")
+"""What it says of continuous actions, by the names of those fields."""
+
 POLICY_CLIP = "policy_clip"
 OF_TASK = ("task_id", "task_embed_option")
 """What a trace of one task of a multi-task model says, by the names of options of `load`."""
@@ -79,7 +82,7 @@ def read(path: str | Path) -> Trace:
     with recording.opened(path, "a world model") as arrays:
         described = recording.describe(arrays)
         _check_description(described)
-        names = ASKED | {name: name for name in OF_TASK}
+        names = ASKED | {name: name for name in (*OF_TASK, *GAUSSIAN)}
         asked = {f: described[name] for name, f in names.items() if name in described.fields}
         weights = _weights(arrays)
         config, params = load(weights, window_mode=described.window_mode(), **asked)
@@ -142,31 +145,42 @@ def _check_step(trace: Trace, prefix: str) -> None:
     """Every array of a step must be there, in its shape, finite and in range."""
     config, rows, sims = trace.config, trace.num_envs, trace.num_simulations
     by_row, by_simulation, node = (rows,), (sims, rows), np.arange(sims)[:, None]
-    size, actions, bins = config.embed_dim, config.num_actions, config.support_size
+    size, policy, bins = config.embed_dim, config.policy_size, config.support_size
     indices: dict[str, tuple[tuple[int, ...], int, int | Array]] = {
-        "action": (by_row, FIRST_STEP, actions - 1),
         "timestep": (by_row, 0, _LAST_TIMESTEP),
         "length": (by_row, 1, config.context_length),
         "parent": (by_simulation, 0, node),
-        "sim_action": (by_simulation, 0, actions - 1),
         "depth": (by_simulation, 1, node + 1),
     }
     numbers: dict[str, tuple[int, ...]] = {
         "prev_latent": (*by_row, size),
         "latent": (*by_row, size),
-        "policy_logits": (*by_row, actions),
+        "policy_logits": (*by_row, policy),
         "value_logits": (*by_row, bins),
         "next_latent": (*by_simulation, size),
         "reward_logits": (*by_simulation, bins),
-        "sim_policy_logits": (*by_simulation, actions),
+        "sim_policy_logits": (*by_simulation, policy),
         "sim_value_logits": (*by_simulation, bins),
     }
     for name, (shape, first, last) in indices.items():
         recording.take_indices(trace.arrays, prefix + name, shape, first, last)
     for name, shape in numbers.items():
         recording.take(trace.arrays, prefix + name, shape)
+    _check_actions(trace, f"{prefix}action", f"{prefix}sim_action")
     for row in range(rows):
         _check_window(trace, f"{prefix}k{row}", f"{prefix}v{row}")
+
+
+def _check_actions(trace: Trace, taken: str, imagined: str) -> None:
+    """Last actions [B, ..], which may start an episode, and those of simulations [N, B, ..]."""
+    config, rows, sims = trace.config, trace.num_envs, trace.num_simulations
+    if config.is_continuous:
+        recording.take_steps(trace.arrays, taken, (rows, config.num_actions))
+        recording.take(trace.arrays, imagined, (sims, rows, config.num_actions))
+        return
+    last = config.num_actions - 1
+    recording.take_indices(trace.arrays, taken, (rows,), FIRST_STEP, last)
+    recording.take_indices(trace.arrays, imagined, (sims, rows), 0, last)
 
 
 def _check_window(trace: Trace, *names: str) -> None:
