@@ -86,7 +86,8 @@ def is_allowed(config, name, value):
     if value is None:
         return name in OPTIONAL or (name == "max_tokens" and config.max_tokens is None)
     if isinstance(value, bool | np.bool_):
-        return type(getattr(config, name)) is bool
+        is_rotary = name == "task_in_positions" and config.is_rotary
+        return type(getattr(config, name)) is bool and not (value and is_rotary)
     if type(value) in (int, float):
         return value == 2.5 if name in ABOVE_ZERO else name == "pb_c_init" and abs(value) <= 2.5
     if isinstance(value, str):

@@ -62,7 +62,8 @@ class WorldModelConfig:
     are `image_channels` wide.
 
     A latent of a model with `task_size` ends in that many numbers that the encoder does not make:
-    the embedding of the task that was taken out of a multi-task model.
+    the embedding of the task that was taken out of a multi-task model. With `task_in_positions` the
+    position table's even rows have that embedding in them, which window mode "reset" excludes.
 
     With a `sigma_type` actions are continuous, `num_actions` numbers each, and the policy is a
     Gaussian of them before a tanh: "conditioned" reads its deviations off the latent, "fixed" has
@@ -85,8 +86,8 @@ class WorldModelConfig:
         divide the width or the encoder's, a task leaves no width to the encoder, the support is
         empty, the observation is both vector and image or an image of an unknown side, the window
         is invalid (see `WindowConfig`); a rotary model with a position table, an odd head size, or
-        a table-bound model without one; continuous actions without a number to draw, or more
-        discrete ones to draw than there are.
+        a table-bound model without one; a task in positions that are rotary or of mode "reset";
+        continuous actions without a number to draw, or more discrete ones to draw than there are.
     """
 
     embed_dim: int  # E
@@ -113,6 +114,7 @@ class WorldModelConfig:
     encoder_hidden_norm: HiddenNorm = "batchnorm"
     head_expansion: int = 4  # hidden width of main's heads, in units of E
     task_size: int = 0
+    task_in_positions: bool = False
     sigma_type: SigmaType | None = None  # of a Gaussian policy; None: actions are discrete
     fixed_sigma_value: float = 0.5
     bound_type: Literal["tanh"] | None = None  # of a Gaussian policy's means
@@ -190,6 +192,7 @@ class WorldModelConfig:
     def _validate_positions(self) -> None:
         require_above_zero(self, "rope_theta")
         require_one_of("window_mode", self.window_mode, WINDOW_MODES)
+        self._check_task_in_positions()
         mode, head_dim = self.window_mode, self.window.head_dim
         if not self.is_rotary:
             require(
@@ -204,6 +207,15 @@ class WorldModelConfig:
             f'window_mode "{mode}" excludes learned positions, got max_tokens {self.max_tokens}',
         )
         require(head_dim % 2 == 0, f"rotary positions need an even head size, got {head_dim}")
+
+    def _check_task_in_positions(self) -> None:
+        added, mode = self.task_in_positions, self.window_mode
+        require(isinstance(added, bool), f"task_in_positions must be True or False, got {added!r}")
+        require(
+            not added or mode in ("learned", "rebuild"),
+            f'task_in_positions excludes window_mode "{mode}": in "reset" LightZero forgets the'
+            " embedding of an imagined latent, and rotary positions have no table to hold it",
+        )
 
     @property
     def mode(self) -> Mode:

@@ -329,8 +329,26 @@ def test_the_command_line_converts_a_task(tmp_path, capsys):
     assert cli.main([*command, "--task=1"]) == 0
     found = checkpoint.load(target)
     assert not any(differ(found.params, load(weights("concat"), task_id=1)[1]))
+    assert found.notes == ("this is task 1 of a multi-task model of 3 tasks, 0 .. 2",)
     assert cli.main(["play", str(target), "--task=1"]) == 2
     assert "holds one task: task_id is for LightZero's files" in capsys.readouterr().err
+
+
+def test_a_converted_file_knows_that_its_positions_hold_the_task(tmp_path, capsys):
+    """`load` refuses window mode "reset" for them, and so does the file."""
+    path = tmp_path / "task.safetensors"
+    found = read(weights("add"), **OPTIONS, **ADD, task_id=2)
+    assert found.origins["task_in_positions"] == "as you said"
+    checkpoint.save(path, checkpoint.Checkpoint(found.config, found.params, notes=found.notes))
+    config = checkpoint.load(path).config
+    assert config.task_in_positions
+    assert dataclasses.replace(config, window_mode="rebuild").task_in_positions
+    with pytest.raises(ValueError, match='task_in_positions excludes window_mode "reset"'):
+        dataclasses.replace(config, window_mode="reset")
+    assert cli.main(["play", str(path), "--env=CartPole-v1", "--window-mode=reset"]) == 2
+    assert 'task_in_positions excludes window_mode "reset"' in capsys.readouterr().err
+    plain, _ = load(weights("add"), task_id=2, task_embed_option="none")
+    assert not plain.task_in_positions
 
 
 def test_the_width_that_a_task_takes():

@@ -104,9 +104,11 @@ def read(source: Any, **options: Any) -> Imported:
     sorted_out = tensors.sort(one.state, reads_encoder=reads_encoder)
     found = tasks.set_embedding_apart(sorted_out, one.task)
     tensors.refuse_variants(found)
-    notes = _clip_notes(found, told, clip)
+    notes = (*tasks.notes(one), *_clip_notes(found, told, clip))
     config, origins = _configure(found, said, told)
-    weights = tasks.fold(found, config, use, told.embedding_use)
+    weights, config = tasks.fold(found, config, use, told.embedding_use)
+    if config.task_in_positions:
+        origins["task_in_positions"] = SAID if use else f"from {told.origin}"
     params = variables.from_tensors(weights, config)
     environment = _environment(told, config, origins)
     return Imported(config, params, one.ignored + found.ignored, origins, notes, environment)

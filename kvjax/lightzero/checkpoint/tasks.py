@@ -52,6 +52,7 @@ class Selected:
 
     state: Any
     task: int | None = None  # None: the model has one task
+    count: int | None = None  # of the model's tasks, where that is known
     ignored: tuple[str, ...] = ()  # what other tasks have, as the source names it
 
 
@@ -78,7 +79,8 @@ def select(state: Any, task: Any, told: int | None = None) -> Selected:
         return Selected(state)
     rows = [_length(state[name]) for name in names if name.endswith(_EMBEDDINGS)]
     counts = (told or 0, *rows, *(n + 1 for n in heads | encoders))
-    task = _checked(task, None if max(counts) == 1 and told is None else max(counts))
+    count = None if max(counts) == 1 and told is None else max(counts)
+    task = _checked(task, count)
     kept = {
         _HEAD: task if len(heads) > 1 else min(heads),
         _ENCODER: task if task in encoders else 0,
@@ -88,8 +90,17 @@ def select(state: Any, task: Any, told: int | None = None) -> Selected:
     return Selected(
         {new: state[name] for name, new in renamed.items() if new is not None},
         task,
+        count,
         tuple(name for name, new in renamed.items() if new is None),
     )
+
+
+def notes(one: Selected) -> tuple[str, ...]:
+    """What whoever runs the model of one task should know: whose it is."""
+    if one.task is None:
+        return ()
+    of_all = "" if one.count is None else f" of {one.count} tasks, 0 .. {one.count - 1}"
+    return (f"this is task {one.task} of a multi-task model{of_all}",)
 
 
 def _indices(pattern: str, names: Iterable[str]) -> set[int]:
@@ -141,8 +152,10 @@ def set_embedding_apart(found: Sorted, task: int | None) -> Sorted:
     return dataclasses.replace(found, weights=weights, embedding=table[task])
 
 
-def fold(found: Sorted, config: WorldModelConfig, said: str | None, told: str | None) -> Tensors:
-    """The weights of a model of one task, with the task's embedding in them.
+def fold(
+    found: Sorted, config: WorldModelConfig, said: str | None, told: str | None
+) -> tuple[Tensors, WorldModelConfig]:
+    """The weights of a model of one task, with the task's embedding in them, and what says so.
 
     Args:
       found: what `set_embedding_apart` left.
@@ -157,7 +170,7 @@ def fold(found: Sorted, config: WorldModelConfig, said: str | None, told: str | 
     use = _use(found, config, said, told)
     weights = dict(found.weights)
     if use == NONE or found.embedding is None:
-        return weights
+        return weights, config
     vector = _vector(found.embedding, config.task_size or config.embed_dim, config.simnorm_group)
     if use == ADD:
         require(
@@ -169,11 +182,11 @@ def fold(found: Sorted, config: WorldModelConfig, said: str | None, told: str | 
         check_parameter(_POSITIONS, table, (config.max_tokens or 0, config.embed_dim))
         weights[_POSITIONS] = table.copy()
         weights[_POSITIONS][::BLOCK] += vector
-        return weights
+        return weights, dataclasses.replace(config, task_in_positions=True)
     actions = weights[_ACTIONS]
     ends = np.broadcast_to(vector, (len(actions), len(vector)))
     weights[_ACTIONS] = np.concatenate([actions, ends], axis=1)
-    return weights | ({_EMBEDDINGS: vector[None]} if config.has_encoder else {})
+    return weights | ({_EMBEDDINGS: vector[None]} if config.has_encoder else {}), config
 
 
 def _use(found: Sorted, config: WorldModelConfig, said: str | None, told: str | None) -> str:
