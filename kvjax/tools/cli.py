@@ -30,7 +30,7 @@ from kvjax.tools.play_command import DEFAULT_AGENT
 from kvjax.tools.routes import ROUTES
 
 LIGHTZERO = ".pth.tar"
-BENCHMARKS = ("search", "ops", "bridge", "exactness")
+BENCHMARKS = ("search", "ops", "bridge", "exactness", "weights")
 """Modules of `kvjax.tools.bench`."""
 
 _USER_ERRORS = (ValueError, OSError, ImportError, MemoryError)
@@ -132,6 +132,9 @@ def _parser() -> argparse.ArgumentParser:
     bench = _command(commands, "bench", _bench, "measure speed as ratios in one run")
     bench.add_argument("what", choices=BENCHMARKS)
     bench.add_argument("--only", default="", metavar="SUBSTRING", help="e.g. embed=64,envs=8")
+    bench.add_argument(
+        "--devices", type=int, metavar="N", help="search: kvjax on N devices; a CPU is divided"
+    )
     bench.add_argument("--plot", metavar="PATH", help="exactness: also draw the errors")
     return parser
 
@@ -254,7 +257,10 @@ def _convert(args: argparse.Namespace) -> int:
 def _bench(args: argparse.Namespace) -> int:
     if args.plot and args.what != "exactness":
         raise ValueError(f"--plot belongs to bench exactness, not to bench {args.what}")
-    plot = {"plot": args.plot} if args.plot else {}
+    if args.devices is not None and args.what != "search":
+        raise ValueError(f"--devices belongs to bench search, not to bench {args.what}")
+    more = {name: getattr(args, name) for name in ("plot", "devices")}
+    more = {name: value for name, value in more.items() if value is not None}
     run = importlib.import_module(f"kvjax.tools.bench.{args.what}").run
     rows: list[dict[str, Any]] = []
     _measured.append(lambda: _print_result(args, {"rows": rows, "complete": False}))
@@ -264,7 +270,7 @@ def _bench(args: argparse.Namespace) -> int:
         def show(share: float, text: str) -> None:
             bar.update(task, completed=share, description=text)
 
-        result = run(only=args.only, progress=show, rows=rows, **plot)
+        result = run(only=args.only, progress=show, rows=rows, **more)
     _measured.clear()
     _print_result(args, result)
     return 0

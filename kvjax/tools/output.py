@@ -35,11 +35,12 @@ def print_table(title: str, rows: Mapping[str, str]) -> None:
 
 
 def print_rows(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Rows of the same fields; lists are left out."""
-    columns = [name for name, value in rows[0].items() if not isinstance(value, list)]
+    """A column for each field that a row has; lists are left out."""
+    fields = {name: value for row in reversed(rows) for name, value in row.items()}
+    columns = [name for name in {**rows[0], **fields} if not isinstance(fields[name], list)]
     table = Table(*columns, title=title, title_justify="left")
     for row in rows:
-        shown = (row[name] for name in columns)
+        shown = (row.get(name, "") for name in columns)
         table.add_row(*(f"{v:.3g}" if isinstance(v, float) else str(v) for v in shown))
     _Output().print(table)
 

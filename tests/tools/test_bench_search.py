@@ -59,10 +59,12 @@ def test_a_row(monkeypatch, no_lightzero):
     result = search.run(progress=lambda fraction, text: told.append((fraction, text)))
     (row,) = result["rows"]
     sizes = {"embed": 16, "layers": 2, "context": 8, "envs": 2, "simulations": 3}
+    sizes |= {"dtype": "float32", "devices": 1}
     assert sizes.items() <= row.items()
     times = ("kvjax_ms", "muzero_ms", "mctx_ms", "floor_ms", "tree_mib", "mctx_tree_mib")
     assert all(row[name] > 0 for name in times)
     assert row["floor_ratio"] == row["kvjax_ms"] / row["floor_ms"]
+    assert row["float32_ms"] == row["kvjax_ms"]
     assert row["mctx_ratio"] == row["mctx_ms"] / row["muzero_ms"]
     assert 1 <= row["mean_depth"] <= 3
     assert "lightzero_ms" not in row
@@ -121,7 +123,15 @@ def test_cases():
 
 @pytest.mark.parametrize(
     ("only", "count"),
-    [("", 10), ("embed=64", 6), ("embed=64,envs=8", 4), ("embed=64,envs=8,context=8", 1)],
+    [
+        ("", 14),
+        ("dtype=float32", 10),
+        ("dtype=float32,embed=64", 6),
+        ("dtype=float32,embed=64,envs=8", 4),
+        ("dtype=float32,embed=64,envs=8,context=8", 1),
+        ("embed=768,dtype=bfloat16", 2),
+        ("embed=64,envs=8,context=8", 2),
+    ],
 )
 def test_only_picks_rows_by_whole_parts(monkeypatch, only, count):
     """`envs=8` is not a part of `envs=80`, and every part must fit."""
@@ -138,6 +148,28 @@ def test_only_picks_rows_by_whole_parts(monkeypatch, only, count):
 def test_no_such_row():
     with pytest.raises(ValueError, match="no benchmark row matches 'embed=6'"):
         search.run(only="embed=6")
+
+
+def test_a_row_of_bfloat16(monkeypatch, no_lightzero):
+    """Kvjax, mctx and the floor multiply bfloat16; beside them kvjax with float32."""
+    monkeypatch.setattr(search, "CASES", (dataclasses.replace(TINY, dtype="bfloat16"),))
+    seen = {}
+
+    def medians(candidates, **_):
+        for name, run in candidates.items():
+            weights = getattr(getattr(run, "__self__", None), "prepared", None)
+            seen[name] = None if weights is None else str(weights.blocks[0].qkv.weight.dtype)
+        return dict(zip(candidates, range(1, 9), strict=False))
+
+    made = []
+    monkeypatch.setattr(search.floor, "make", lambda model, **_: made.append(model) or len)
+    monkeypatch.setattr(search.timing, "medians_in_turn", medians)
+    monkeypatch.setattr(search.Search, "temporary_mib", lambda _: 1.0)
+    (row,) = search.run(only="dtype=bfloat16")["rows"]
+    names = dict.fromkeys(("kvjax", "muzero", "mctx"), "bfloat16")
+    assert seen == names | {"float32": "float32", "floor": None}
+    assert made[0].blocks[0].qkv.weight.dtype == jnp.bfloat16
+    assert (row["dtype"], row["kvjax_ms"], row["float32_ms"]) == ("bfloat16", 1, 4)
 
 
 @pytest.mark.optimised

@@ -7,6 +7,7 @@ weights, step after step of an episode, so that windows are as full as in play.
 `growth` is about this search alone: what a simulation costs in a small and in a large tree.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +29,7 @@ from kvjax.tools.bench.searches import (
     lightzero_model,
     lightzero_search,
 )
+from kvjax.tools.machine import mesh_of
 
 _WARMUP = 2  # rounds that compile
 _GROWTH = "growth"
@@ -44,6 +46,10 @@ CASES = (
     Case(embed=64, context=512, envs=8, simulations=50, repeats=5),
     Case(embed=256, context=512, envs=8, simulations=50, repeats=3),
     Case(embed=64, context=4096, envs=8, simulations=50, repeats=3),
+    Case(embed=64, context=8, envs=8, simulations=50, repeats=15, dtype="bfloat16"),
+    Case(embed=64, context=8, envs=256, simulations=50, repeats=5, dtype="bfloat16"),
+    Case(embed=768, context=8, envs=8, simulations=50, repeats=7, dtype="bfloat16"),
+    Case(embed=768, context=64, envs=8, simulations=200, repeats=1, dtype="bfloat16"),
 )
 
 GROWTH = (
@@ -58,10 +64,13 @@ def run(
     only: str = "",
     progress: Progress = lambda share, text: None,
     rows: list[Row] | None = None,
+    devices: int = 1,
 ) -> dict[str, Any]:
     """Measures every case whose label contains all comma-separated parts of `only`.
 
-    Rows are added to `rows` as they are measured.
+    Rows are added to `rows` as they are measured. A row of bfloat16 matrices has kvjax's time with
+    float32 ones, measured in turn with it, as `float32_ms`; its floor multiplies bfloat16 too. On
+    several devices kvjax alone searches on them.
 
     Returns:
       The fields of `--json`: machine, versions, one row per case, and `growth` where `only` is
@@ -70,7 +79,9 @@ def run(
     Raises:
       ValueError: no case fits `only`.
     """
-    cases = choose(CASES, only, _GROWTH)
+    mesh_of(devices)  # before anything is computed
+    every = (dataclasses.replace(case, devices=devices) for case in CASES)
+    cases = choose(every, only, _GROWTH)
     extras = {_GROWTH: growth} if only in ("", _GROWTH) else {}
     return measured(cases, _row, progress=progress, rows=rows, **extras)
 
@@ -112,13 +123,15 @@ def _row(case: Case, progress: Progress) -> Row:
     config, params = _model(case, model)
     same_policy = SearchConfig(case.simulations, "muzero", q_transform="siblings")
     searches = {
-        "kvjax": Search(case, config, params),
+        "kvjax": Search(case, config, params, mesh=mesh_of(case.devices)),
         "muzero": Search(case, config, params, same_policy),
         "mctx": Search(case, config, params, same_policy, by_mctx=True),
     }
     kvjax, muzero, mctx = searches.values()
+    if case.dtype != "float32":
+        searches["float32"] = Search(dataclasses.replace(case, dtype="float32"), config, params)
     candidates: dict[str, Callable[[], Any]] = {k: one.step for k, one in searches.items()}
-    products = floor.make(kvjax.prepared, rows=case.envs, simulations=case.simulations)
+    products = floor.make(muzero.prepared, rows=case.envs, simulations=case.simulations)
     candidates["floor"] = products
     if model is not None:
         candidates["lightzero"] = lightzero_search(case, model)
@@ -127,6 +140,7 @@ def _row(case: Case, progress: Progress) -> Row:
     )
     ours = medians["kvjax"]
     row = case.sizes() | {f"{name}_ms": medians[name] for name in candidates}
+    row.setdefault("float32_ms", ours)
     row["floor_ratio"] = ours / medians["floor"]
     row["mctx_ratio"] = medians["mctx"] / medians["muzero"]
     if model is not None:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kvjax.base import meshes
 from kvjax.config import BLOCK, SearchConfig, WorldModelConfig
 from kvjax.mcts.search import compiled, search
 from kvjax.model.contexts import Contexts, init_contexts
@@ -38,8 +39,10 @@ class Case:
     layers: int = 2
     heads: int = 8
     repeats: int = 15
+    dtype: str = "float32"  # of kvjax's matrices
+    devices: int = 1  # on which kvjax searches
 
-    SIZES: ClassVar = ("embed", "layers", "context", "envs", "simulations")
+    SIZES: ClassVar = ("embed", "layers", "context", "envs", "simulations", "dtype", "devices")
 
     def label(self) -> str:
         """What `--only` is matched against."""
@@ -95,7 +98,7 @@ def _full(contexts: Contexts, config: WorldModelConfig) -> Contexts:
     drawn[kept:] = 0
     kv = jnp.broadcast_to(jnp.asarray(drawn), window.kv.shape)
     length = jnp.full_like(window.length, kept)
-    full = dataclasses.replace(window, kv=kv, length=length)
+    full = dataclasses.replace(window, kv=jax.device_put(kv, window.kv.sharding), length=length)
     return Contexts(full, jnp.full_like(contexts.timestep, config.context_length // BLOCK))
 
 
@@ -110,12 +113,14 @@ class Search:
         how: SearchConfig | None = None,
         *,
         by_mctx: bool = False,
+        mesh: jax.sharding.Mesh | None = None,
     ) -> None:
-        self.prepared = prepare(params, config=config)
+        model = prepare(params, config=config, dtype=case.dtype)
+        self.prepared = meshes.replicated(model, mesh)
         self.mean_depth = 0.0  # of the last search, mean over rows
         self._by_mctx = by_mctx
         self._config, self._observation = config, _observations(case)
-        self.contexts = init_contexts(config, case.envs)
+        self.contexts = init_contexts(config, case.envs, mesh=mesh)
         self._action: Any = np.full(case.envs, FIRST_STEP)
         self._search = SearchConfig(num_simulations=1)
         if case.context > _LONGEST_PLAYED:
