@@ -26,9 +26,9 @@ from kvjax.mcts.unizero_tree import init_kept
 from kvjax.model import checkpoint
 from kvjax.model import world_model as world_model
 from kvjax.model.contexts import Contexts, init_contexts, replay
+from kvjax.model.folding import prepare
 from kvjax.model.rollout import rollout
 from kvjax.model.step import Prediction
-from kvjax.model.unizero import prepare
 from kvjax.ops.window import AlignedWindow, Window
 from kvjax.store import Store, init_store, stats
 from kvjax.store.pool import Pool

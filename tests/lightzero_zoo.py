@@ -19,7 +19,7 @@ import numpy as np
 import kvjax
 from kvjax import lightzero
 from kvjax.lightzero.traces import one_task
-from kvjax.model import unizero
+from kvjax.model import folding
 from kvjax.model.contexts import advance
 from kvjax.model.step import first_actions
 from kvjax.tools.parity.verify import verify
@@ -115,7 +115,7 @@ def searches(torch_model, model, folder):
 
     with torch.no_grad(), building.quiet():
         steps = drive(torch_model, model)
-    model, contexts, worst = unizero.prepare(params, config=config), None, 0.0
+    model, contexts, worst = folding.prepare(params, config=config), None, 0.0
     contexts = kvjax.init_contexts(config, ROWS)
     for seen, action, out in steps:
         before = contexts

@@ -5,13 +5,13 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from kvjax.model import modes, step, unizero
+from kvjax.model import folding, modes, step, unizero
 
 _jit = functools.partial(jax.jit, static_argnames="config")
 
 
 def _of_one(function, params, args, config):
-    model = unizero.fold(params, config=config)
+    model = folding.fold(params, config=config)
     rows = jax.tree.map(lambda x: jnp.asarray(x)[None], args)
     return jax.tree.map(lambda x: x[0], function(model, *rows, config=config))
 

@@ -23,9 +23,9 @@ from kvjax.base.compilation import computed_once
 from kvjax.base.values import require, require_one_of, require_shape
 from kvjax.config import WorldModelConfig
 from kvjax.mcts.checks import validate_batch
-from kvjax.model import modes, step, unizero
+from kvjax.model import folding, modes, step
 from kvjax.model.checks import validate_actions
-from kvjax.model.unizero import UniZero
+from kvjax.model.folding import UniZero
 from kvjax.model.world_model import Params
 from kvjax.ops import hashing
 from kvjax.ops import window as windows
@@ -188,7 +188,7 @@ def initial_inference(
       CacheMissError: a row missed and the policy is "error".
       StepInterrupt: an interrupt (Ctrl-C) came; it has the store.
     """
-    unizero.validate(params, config)
+    folding.validate(params, config)
     rows = num_rows(latent)
     ids = {"env_id": env_id, "timestep": timestep}
     latents = {"last_latent": last_latent, "latent": latent}
@@ -260,7 +260,7 @@ def recurrent_inference(
         than the node pool's slots.
       StoreFullError: a new window has no room and the policy is "error".
     """
-    unizero.validate(params, config)
+    folding.validate(params, config)
     rows = num_rows(latent)
     ids = {"env_id": env_id, "depth": depth, "timestep": timestep}
     ids |= {} if slot is None else {"slot": slot}
@@ -331,7 +331,7 @@ def _initial(
     params: Params | UniZero, store: Store, rows: _Rows, how: _How
 ) -> tuple[Store, Inference]:
     config = how.config
-    model, latent = unizero.fold(params, config=config), computed_once(rows.latent)
+    model, latent = folding.fold(params, config=config), computed_once(rows.latent)
     valid = _in_range(rows.env_id, stores.num_envs(store))
     starts = step.is_first(rows.action)
     valid &= starts | _is_action(rows.action, config)
@@ -374,7 +374,7 @@ def _recurrent(
     params: Params | UniZero, store: Store, rows: _Rows, how: _How
 ) -> tuple[Store, Inference]:
     config, env_id = how.config, rows.env_id
-    model = unizero.fold(params, config=config)
+    model = folding.fold(params, config=config)
     valid = _in_range(env_id, stores.num_envs(store)) & _is_action(rows.action, config)
     keys = stores.latent_keys(store, rows.latent, env_id)
     if rows.slot is None:

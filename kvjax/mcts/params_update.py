@@ -10,9 +10,9 @@ from kvjax.base import meshes
 from kvjax.base.values import describe
 from kvjax.config import WorldModelConfig
 from kvjax.mcts.checks import validate_store
-from kvjax.model import modes, unizero
+from kvjax.model import folding, modes
 from kvjax.model.contexts import Contexts, init_contexts, validate_contexts
-from kvjax.model.unizero import UniZero
+from kvjax.model.folding import UniZero
 from kvjax.model.world_model import Params
 from kvjax.store import Store
 
@@ -49,7 +49,7 @@ def on_params_update(
       TypeError: the state is neither, or another argument has another type.
       ValueError: the parameters or the state are another configuration's; the store was moved.
     """
-    unizero.validate(params, config)
+    folding.validate(params, config)
     if isinstance(state, Store):
         validate_store(state, config)
         return stores.new_epoch(state)
@@ -79,7 +79,7 @@ def _renewed(
     config: WorldModelConfig,
 ) -> Contexts:
     if config.mode.keeps_raw:
-        model = unizero.fold(params, config=config)
+        model = folding.fold(params, config=config)
         window = modes.rebuild(model, contexts.window, config=config)
     else:
         window = init_contexts(config, contexts.timestep.shape[0]).window

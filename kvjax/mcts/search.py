@@ -23,10 +23,10 @@ from kvjax.mcts.protocol import Facts
 from kvjax.mcts.subtree import Kept, Past
 from kvjax.mcts.tree import RAW, Q
 from kvjax.mcts.tree_search import by_rows, plan
-from kvjax.model import step, unizero
+from kvjax.model import folding, step
 from kvjax.model.checks import validate_actions, validate_key
 from kvjax.model.contexts import Contexts, advance, validate_contexts
-from kvjax.model.unizero import UniZero
+from kvjax.model.folding import UniZero
 from kvjax.model.world_model import Params
 from kvjax.ops import support
 
@@ -121,7 +121,7 @@ def _checked(
     return_tree: bool = False,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of `search` as the jitted one takes them."""
-    unizero.validate(params, config)
+    folding.validate(params, config)
     validate_key(rng)
     require_type("search", search, SearchConfig, "kvjax.SearchConfig")
     arrays = _arrays(contexts, observation, last_action, legal, config)
@@ -266,7 +266,7 @@ def _advance_and_plan(
     return_tree: bool,
     share: Share,
 ) -> tuple[Contexts, SearchOutput]:
-    model = unizero.fold(params, config=config)
+    model = folding.fold(params, config=config)
     contexts, policy, value = advance(model, contexts, observation, last_action, config=config)
     value = support.to_scalar(value, config.support)
     root = unizero_tree.root(model, contexts, policy, value, legal, config)

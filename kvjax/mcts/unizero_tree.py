@@ -13,7 +13,7 @@ from kvjax.mcts.protocol import Node, Root, Transition, TreeModel
 from kvjax.mcts.subtree import Kept
 from kvjax.model import modes, root_window, unizero
 from kvjax.model.contexts import Contexts
-from kvjax.model.unizero import UniZero
+from kvjax.model.folding import UniZero
 from kvjax.ops import support
 
 _LONG = 128

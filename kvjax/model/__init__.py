@@ -1,9 +1,9 @@
 """The world model: its variables, its steps, and the contexts that environments carry."""
 
 from kvjax.model.contexts import Contexts, init_contexts, replay
+from kvjax.model.folding import UniZero, prepare
 from kvjax.model.rollout import rollout
 from kvjax.model.step import Prediction
-from kvjax.model.unizero import UniZero, prepare
 from kvjax.model.world_model import Params, init_params
 
 __all__ = [

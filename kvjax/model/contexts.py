@@ -15,9 +15,9 @@ from kvjax.base import loops, meshes
 from kvjax.base.arrays import ArrayLike, is_deleted, validate_range
 from kvjax.base.values import require, require_count, require_type
 from kvjax.config import WorldModelConfig
-from kvjax.model import step, unizero
+from kvjax.model import folding, step, unizero
 from kvjax.model.checks import validate_actions, validate_raw
-from kvjax.model.unizero import UniZero
+from kvjax.model.folding import UniZero
 from kvjax.model.world_model import Params
 from kvjax.ops import window as windows
 from kvjax.ops.window import Window
@@ -145,7 +145,7 @@ def replay(
       ValueError: variables or contexts of another configuration, a shape does not fit, or host
         arrays hold values out of range.
     """
-    unizero.validate(params, config)
+    folding.validate(params, config)
     observation, action, length = (
         x if isinstance(x, jax.Array) else np.asarray(x) for x in (observation, action, length)
     )
@@ -192,7 +192,7 @@ def _take_steps(
     config: WorldModelConfig,
 ) -> tuple[Contexts, jax.Array, jax.Array]:
     observation, action, length = history
-    model = unizero.fold(params, config=config)
+    model = folding.fold(params, config=config)
     rows = length.shape[0]
 
     def one_step(state: Any, recorded: Any) -> tuple[Any, None]:

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from kvjax.base import loops
 from kvjax.config import WorldModelConfig
 from kvjax.model import unizero
-from kvjax.model.unizero import Cached, Fresh, UniZero
+from kvjax.model.folding import UniZero
+from kvjax.model.unizero import Cached, Fresh
 from kvjax.ops import position
 from kvjax.ops import window as windows
 from kvjax.ops.window import Window

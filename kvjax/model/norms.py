@@ -1,7 +1,8 @@
-"""Norms as torch computes them (Flax)."""
+"""Norms as torch computes them (Flax), and what is left of one in folded weights."""
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from kvjax.config import Norm
 
@@ -27,3 +28,8 @@ class Normalise(nn.Module):
             return normed
         grouped: jax.Array = jax.nn.softmax(x.reshape(-1, self.group), axis=-1)
         return grouped.reshape(x.shape)
+
+
+def centre(x: jax.Array, axis: int) -> jax.Array:
+    """With mean zero along an axis."""
+    return x - jnp.mean(x, axis=axis, keepdims=True)

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from kvjax.base import loops
 from kvjax.base.values import require_shape, require_type
 from kvjax.config import WorldModelConfig
-from kvjax.model import step, unizero
+from kvjax.model import folding, step
+from kvjax.model.folding import UniZero
 from kvjax.model.step import Prediction
-from kvjax.model.unizero import UniZero
 from kvjax.model.world_model import Params
 from kvjax.ops.window import Window
 
@@ -45,12 +45,12 @@ def rollout(
       TypeError: an argument of another type.
       ValueError: variables of another configuration, or a shape does not fit.
     """
-    unizero.validate(params, config)
+    folding.validate(params, config)
     require_type("window", window, Window, "kvjax.ops.window.init")
     require_shape("window.kv", window.kv, (config.context_length, *config.window.token_shape))
     require_shape("action", action, ("K", *config.action_shape))
     require_shape("timestep", timestep, ())
-    model = unizero.fold(params, config=config)
+    model = folding.fold(params, config=config)
 
     def one_step(
         model: UniZero, window: Window, action: jax.Array, depth: jax.Array

@@ -18,7 +18,8 @@ from kvjax.base.arrays import ArrayLike
 from kvjax.base.compilation import computed_once
 from kvjax.config import WorldModelConfig
 from kvjax.model import modes, unizero
-from kvjax.model.unizero import Cached, UniZero
+from kvjax.model.folding import UniZero
+from kvjax.model.unizero import Cached
 from kvjax.ops import window as windows
 from kvjax.ops.window import Window
 

@@ -19,7 +19,7 @@ import numpy as np
 from kvjax.base.values import require, require_count
 from kvjax.config import SearchConfig
 from kvjax.model.checkpoint import Checkpoint
-from kvjax.model.unizero import prepare
+from kvjax.model.folding import prepare
 from kvjax.tools import gif, play_saving
 from kvjax.tools.play_rows import DIGEST_SIZE, Row, side_by_side
 from kvjax.tools.play_saving import Keeper, SavedRun, Tensors

@@ -11,7 +11,7 @@ from kvjax.base.values import require
 from kvjax.config import SearchConfig
 from kvjax.model import checkpoint
 from kvjax.model.checkpoint import Checkpoint
-from kvjax.model.unizero import WEIGHT_DTYPES
+from kvjax.model.folding import WEIGHT_DTYPES
 from kvjax.tools import play_saving
 from kvjax.tools.agent import Found
 from kvjax.tools.machine import mesh_of

@@ -22,8 +22,8 @@ from kvjax.mcts.search import search
 from kvjax.mcts.subtree import Kept
 from kvjax.mcts.unizero_tree import init_kept
 from kvjax.model.contexts import Contexts, init_contexts
+from kvjax.model.folding import UniZero, prepare
 from kvjax.model.step import is_first
-from kvjax.model.unizero import UniZero, prepare
 from kvjax.model.world_model import Params
 from kvjax.store import Store
 from kvjax.tools.parity import reference_tree as trees

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from kvjax.config import SearchConfig, WorldModelConfig
 from kvjax.mcts.search import search
 from kvjax.model.contexts import Contexts, init_contexts
+from kvjax.model.folding import UniZero
 from kvjax.model.step import FIRST_STEP
-from kvjax.model.unizero import UniZero
 from kvjax.train.environments import Environment, State
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from kvjax.config import WorldModelConfig
-from kvjax.model import unizero
+from kvjax.model import folding
 from kvjax.train import collect, learn
 from kvjax.train.collect import Actors, Transition
 from kvjax.train.config import TrainConfig
@@ -106,7 +106,7 @@ def iterate(state: TrainState, key: jax.Array, setup: Setup) -> tuple[TrainState
     of_play, of_updates = jax.random.split(jax.random.fold_in(key, state.iteration))
     config, train = setup.model, setup.train
     actors, played = collect.collect(
-        unizero.fold(state.learner.params, config=config),
+        folding.fold(state.learner.params, config=config),
         state.actors,
         of_play,
         setup.env,
@@ -167,7 +167,7 @@ def failed_batch(state: TrainState, key: jax.Array, setup: Setup) -> Transition:
 def evaluate(learner: Learner, key: jax.Array, setup: Setup) -> jax.Array:
     """Returns [eval_episodes] of a learner's agent."""
     return collect.evaluate(
-        unizero.fold(learner.params, config=setup.model),
+        folding.fold(learner.params, config=setup.model),
         key,
         setup.env,
         setup.train.eval_episodes,

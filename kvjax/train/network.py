@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from kvjax.config import MIN_CONTEXT, WorldModelConfig
-from kvjax.model import unizero
+from kvjax.model import folding, unizero
 from kvjax.model.world_model import Params, WorldModel, init_params
 
 _ROWS = "rows"
@@ -105,7 +105,7 @@ def predict(
     """
     batch, steps, width = latent.shape
     config = dataclasses.replace(config, context_length=max(2 * steps, MIN_CONTEXT))
-    model = unizero.fold(params, config=config)
+    model = folding.fold(params, config=config)
     # A product with ones and zeros: the gradient of a lookup takes far longer.
     acted = jax.nn.one_hot(action, config.num_actions, dtype=latent.dtype) @ model.actions
     seen = latent - jnp.mean(latent, axis=-1, keepdims=True)

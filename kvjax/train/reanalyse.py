@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from kvjax.config import SearchConfig, WorldModelConfig
 from kvjax.mcts.search import search
-from kvjax.model import unizero
+from kvjax.model import folding
 from kvjax.model.contexts import Contexts, init_contexts
 from kvjax.model.step import FIRST_STEP
 from kvjax.model.world_model import Params
@@ -42,7 +42,7 @@ def reanalyse(
     Returns:
       The batch, with policies and values of its first T steps exchanged in R sequences.
     """
-    model = unizero.fold(params, config=config)
+    model = folding.fold(params, config=config)
     before = jnp.full((rows, 1), FIRST_STEP, jnp.int32)
     ended = (batch.terminated | batch.truncated)[:rows, : steps - 1]
     last = jnp.where(ended, FIRST_STEP, batch.action[:rows, : steps - 1])

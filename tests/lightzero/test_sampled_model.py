@@ -11,7 +11,7 @@ import pytest
 
 from kvjax import lightzero
 from kvjax.lightzero.traces import npz
-from kvjax.model import step, unizero
+from kvjax.model import folding, step, unizero
 from kvjax.model.contexts import advance, init_contexts
 from kvjax.tools.bench import lightzero_020
 from kvjax.tools.parity.verify import verify
@@ -71,7 +71,7 @@ def test_every_policy_head(name):
 
     model = model_of(name)
     config, params = lightzero.load(model)
-    folded = unizero.prepare(params, config=config)
+    folded = folding.prepare(params, config=config)
     stream = 5 * np.random.default_rng(0).normal(size=(7, 32)).astype(np.float32)
     with torch.no_grad():
         hidden = model.world_model.transformer.ln_f(torch.tensor(stream))
@@ -87,7 +87,7 @@ def test_every_head_along_an_episode(name):
     """All outputs within 1e-5 of LightZero's, over two slides."""
     model = model_of(name)
     config, params = lightzero.load(model)
-    folded = unizero.prepare(params, config=config)
+    folded = folding.prepare(params, config=config)
     move = jax.jit(functools.partial(advance, config=config))
     imagine = jax.jit(functools.partial(step.recurrent_step, config=config))
     contexts, ones = init_contexts(config, 3), jnp.ones(3, jnp.int32)

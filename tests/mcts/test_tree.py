@@ -12,7 +12,7 @@ from conftest import SMALL, in_full, random_params, with_mode
 
 from kvjax import SearchConfig, init_contexts, prepare
 from kvjax.mcts import search
-from kvjax.model import unizero
+from kvjax.model import folding, unizero
 from kvjax.ops import support
 from kvjax.ops import window as windows
 from kvjax.tools.parity import reference_tree
@@ -38,7 +38,7 @@ def test_folded_model_equals_the_model(config):
         return own, reward, latent, policy, value
 
     def all_rows(params, action, kv, length, valid):
-        folded = unizero.fold(params, config=config)
+        folded = folding.fold(params, config=config)
         x = unizero.place(folded, unizero.embed_action(folded, action), length)
         cached = tuple(
             tuple(kv[:, :, layer, kind].reshape(*kv.shape[:2], -1) for kind in range(2))

@@ -14,7 +14,7 @@ from conftest import SMALL, in_full, random_params, with_mode
 
 from kvjax import checkpoint
 from kvjax.config import SIGMA_TYPES, WorldModelConfig
-from kvjax.model import step, unizero
+from kvjax.model import folding, step
 from kvjax.model.checkpoint import Checkpoint
 from kvjax.model.contexts import Contexts, advance, init_contexts
 
@@ -55,7 +55,7 @@ def folded(model, contexts, observation, last_action, action, *, config):
 def test_the_folded_model_equals_the_model_over_an_episode_with_restarts(mode, changes):
     config = dataclasses.replace(with_mode(CONTINUOUS, mode), **changes)
     params, rng = random_params(config), np.random.default_rng(0)
-    model = unizero.fold(params, config=config)
+    model = folding.fold(params, config=config)
     expected_step = jax.jit(functools.partial(by_flax, params, config=config))
     step_of = jax.jit(functools.partial(folded, model, config=config))
     expected = contexts = init_contexts(config, 3)
@@ -108,10 +108,10 @@ def test_variables_of_other_actions_are_refused():
     discrete = dataclasses.replace(SMALL, num_actions=2)
     for config, other in ((CONTINUOUS, discrete), (discrete, CONTINUOUS)):
         with pytest.raises(ValueError, match="params are not those of this config: .*action_emb"):
-            unizero.validate(random_params(config), other)
+            folding.validate(random_params(config), other)
     fixed = dataclasses.replace(CONTINUOUS, sigma_type="fixed")
     with pytest.raises(ValueError, match="policy_head/log_sigma/bias must have shape"):
-        unizero.validate(random_params(fixed), CONTINUOUS)
+        folding.validate(random_params(fixed), CONTINUOUS)
 
 
 @pytest.mark.parametrize(

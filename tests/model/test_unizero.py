@@ -12,7 +12,7 @@ import pytest
 from conftest import SMALL, in_full, random_params, with_mode
 
 from kvjax.config import WINDOW_MODES
-from kvjax.model import unizero
+from kvjax.model import folding, unizero
 from kvjax.model.contexts import Contexts, advance, init_contexts
 from kvjax.model.step import FIRST_STEP
 
@@ -40,7 +40,7 @@ def test_equals_the_model_over_an_episode_with_slides_and_restarts(mode, layout)
     config = dataclasses.replace(with_mode(SMALL, mode), **layout)
     params = random_params(config)
     expected_step = jax.jit(functools.partial(by_flax, params, config=config))
-    folded = unizero.fold(params, config=config)
+    folded = folding.fold(params, config=config)
     step = jax.jit(functools.partial(advance, folded, config=config))
     expected = contexts = init_contexts(config, 3)
     rng = np.random.default_rng(0)
@@ -59,14 +59,14 @@ def test_equals_the_model_over_an_episode_with_slides_and_restarts(mode, layout)
 def test_what_was_prepared_for_another_configuration_is_refused(mode, change):
     """Its weights may be the same: positions and the queries' scale are not."""
     config = with_mode(SMALL, mode)
-    model = unizero.prepare(random_params(config), config=config)
-    unizero.validate(model, config)
+    model = folding.prepare(random_params(config), config=config)
+    folding.validate(model, config)
     other = dataclasses.replace(config, **change)
     if mode != "learned" and "context_length" in change:
-        unizero.validate(model, other)  # nothing of a rotary model depends on it
+        folding.validate(model, other)  # nothing of a rotary model depends on it
         return
     with pytest.raises(ValueError, match="prepared for .* call kvjax.prepare"):
-        unizero.validate(model, other)
+        folding.validate(model, other)
 
 
 def rounded(x):
@@ -93,8 +93,8 @@ def test_which_weights_become_bfloat16(layout):
     """Matrices of blocks and heads: all that a simulation multiplies by."""
     config = dataclasses.replace(SMALL, **layout)
     params = random_params(config)
-    plain = unizero.prepare(params, config=config)
-    model = unizero.prepare(params, config=config, dtype="bfloat16")
+    plain = folding.prepare(params, config=config)
+    model = folding.prepare(params, config=config, dtype="bfloat16")
     named = zip(jax.tree.leaves_with_path(model), jax.tree.leaves(plain), strict=True)
     changed = {jax.tree_util.keystr(path) for (path, x), y in named if x.dtype != y.dtype}
     matrices = [
@@ -114,19 +114,19 @@ def test_which_weights_become_bfloat16(layout):
         model.blocks[0].qkv.weight, plain.blocks[0].qkv.weight.astype(jnp.bfloat16)
     )
     assert model.dtype == jnp.float32
-    assert unizero.prepare(model, config=config) is model
-    again = unizero.prepare(model, config=config, dtype="float32")
+    assert folding.prepare(model, config=config) is model
+    again = folding.prepare(model, config=config, dtype="float32")
     chex.assert_trees_all_equal(again, plain)
     with pytest.raises(ValueError, match="dtype must be one of float32, bfloat16, got 'float16'"):
-        unizero.prepare(params, config=config, dtype="float16")
+        folding.prepare(params, config=config, dtype="float16")
 
 
 def test_steps_of_bfloat16_weights(monkeypatch):
     """The same as of numbers that were rounded, computed in float32."""
     config = with_mode(SMALL, "rebuild")
     params = random_params(config)
-    model = unizero.prepare(params, config=config, dtype="bfloat16")
-    plain = unizero.prepare(params, config=config)
+    model = folding.prepare(params, config=config, dtype="bfloat16")
+    plain = folding.prepare(params, config=config)
     draw = np.random.default_rng(1)
     seen = draw.normal(size=(9, 3, *config.observation_shape)).astype(np.float32)
     acted = draw.integers(config.num_actions, size=(9, 3)).astype(np.int32)

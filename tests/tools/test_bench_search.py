@@ -10,7 +10,7 @@ import pytest
 from conftest import SMALL, random_params
 
 from kvjax.config import SearchConfig
-from kvjax.model import unizero
+from kvjax.model import folding
 from kvjax.tools.bench import floor, search, timing
 
 TINY = search.Case(embed=16, layers=2, heads=2, context=8, envs=2, simulations=3, repeats=1)
@@ -25,7 +25,7 @@ def no_lightzero(monkeypatch):
 @pytest.mark.parametrize("layers", [1, 2])
 def test_every_product_of_a_simulation_is_in_the_floor(layers):
     config = dataclasses.replace(SMALL, num_layers=layers)
-    folded = unizero.fold(random_params(config), config=config)
+    folded = folding.fold(random_params(config), config=config)
     text = floor.compiled(folded, jnp.ones((16, 4)), simulations=5).as_text()
     products = re.findall(r"f32\[(\d+),4\]\S* dot\(", text)
     assert floor.num_products(layers) == len(products) == 8 * layers + 6
@@ -36,7 +36,7 @@ def test_every_product_of_a_simulation_is_in_the_floor(layers):
 
 def test_the_floor_is_a_chain():
     """Every weight matters to the result, and it stays finite."""
-    folded = unizero.fold(random_params(SMALL), config=SMALL)
+    folded = folding.fold(random_params(SMALL), config=SMALL)
     start = jnp.asarray(np.random.default_rng(0).normal(size=(16, 4)), jnp.float32)
     run = floor.compiled(folded, start, simulations=1)
     plain = run(folded, start)

@@ -10,7 +10,7 @@ import tiny
 from conftest import random_params
 
 from kvjax import init_contexts, search
-from kvjax.model import unizero
+from kvjax.model import folding
 from kvjax.train import Step, collect
 from kvjax.train.reanalyse import reanalyse
 
@@ -71,7 +71,7 @@ def test_episodes_are_played_one_after_the_other():
     params, env = random_params(CONFIG, seed=4), Walk()
     actors = collect.begin(jax.random.key(1), env, ROWS, config=CONFIG)
     step = functools.partial(collect.play_step, env=env, config=CONFIG, search_config=SEARCH)
-    model = jax.jit(functools.partial(unizero.fold, config=CONFIG))(params)
+    model = jax.jit(functools.partial(folding.fold, config=CONFIG))(params)
     step, states, played = jax.jit(step), [np.array(actors.state)], []
     for t in range(STEPS):
         actors, one = step(model, actors, jax.random.key(t))
@@ -91,7 +91,7 @@ def test_episodes_are_played_one_after_the_other():
 def test_what_is_searched_again_by_the_same_weights_is_what_was_found():
     """Over ends of episodes; rows behind those that are searched stay as they are."""
     params, env = random_params(CONFIG), Walk()
-    model = unizero.fold(params, config=CONFIG)
+    model = folding.fold(params, config=CONFIG)
     options = {"config": CONFIG, "search_config": SEARCH}
     actors = collect.begin(jax.random.key(1), env, ROWS + 1, config=CONFIG)
     play = functools.partial(collect.collect, env=env, steps=STEPS, **options)

@@ -24,7 +24,7 @@ import numpy as np
 
 from kvjax.base import files
 from kvjax.config import WINDOW_MODES, WindowMode, WorldModelConfig
-from kvjax.model import checkpoint, step, unizero, world_model
+from kvjax.model import checkpoint, folding, step, unizero, world_model
 from kvjax.model.contexts import init_contexts
 from kvjax.model.world_model import Params, WorldModel
 from kvjax.ops.window import Window
@@ -133,7 +133,7 @@ def make_case(weights: str, mode: WindowMode, steps: int = STEPS) -> Case:
 
 @functools.partial(jax.jit, static_argnames="config")
 def _encode(params: Params, observations: jax.Array, *, config: WorldModelConfig) -> jax.Array:
-    return unizero.encode(unizero.fold(params, config=config), observations, config=config)
+    return unizero.encode(folding.fold(params, config=config), observations, config=config)
 
 
 class History:
@@ -174,7 +174,7 @@ def by_cache(case: Case) -> Outputs:
 
     @jax.jit
     def episode() -> Any:
-        model = unizero.fold(params, config=config)
+        model = folding.fold(params, config=config)
 
         def one_step(window: Window, x: Any) -> Any:
             window, policy, value = step.root_step(model, window, *x, config=config)

@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvjax.model.unizero import Block, Heads, UniZero, product
+from kvjax.model.folding import Block, Heads, UniZero
+from kvjax.model.unizero import product
 from kvjax.tools.bench.timing import finished
 
 _SMALLEST = 1e-6

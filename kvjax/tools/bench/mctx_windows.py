@@ -17,7 +17,7 @@ from kvjax.mcts import mctx_rules
 from kvjax.mcts.search import is_narrow
 from kvjax.model import step
 from kvjax.model.contexts import Contexts, advance
-from kvjax.model.unizero import UniZero
+from kvjax.model.folding import UniZero
 from kvjax.ops import support
 from kvjax.ops.window import Window
 

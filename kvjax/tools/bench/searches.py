@@ -15,8 +15,8 @@ from kvjax.base import meshes
 from kvjax.config import BLOCK, SearchConfig, WorldModelConfig
 from kvjax.mcts.search import compiled, search
 from kvjax.model.contexts import Contexts, init_contexts
+from kvjax.model.folding import prepare
 from kvjax.model.step import FIRST_STEP
-from kvjax.model.unizero import prepare
 from kvjax.model.world_model import Params
 from kvjax.tools.bench import lightzero_020, mctx_windows, rows
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from kvjax.config import SearchConfig, WorldModelConfig
 from kvjax.model import checkpoint
-from kvjax.model.unizero import UniZero, prepare
+from kvjax.model.folding import UniZero, prepare
 from kvjax.tools.bench.rows import Progress, Row, choose, measured
 from kvjax.tools.play import Status, play
 from kvjax.tools.routes import Answer, Step, tree

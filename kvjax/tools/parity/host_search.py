@@ -13,8 +13,8 @@ import jax
 import numpy as np
 
 from kvjax.config import SearchConfig, WorldModelConfig
-from kvjax.model import unizero
-from kvjax.model.unizero import UniZero
+from kvjax.model import folding, unizero
+from kvjax.model.folding import UniZero
 from kvjax.model.world_model import Params
 from kvjax.store import Store
 from kvjax.tools.parity import reference_tree as trees
@@ -28,7 +28,7 @@ Array = np.ndarray[Any, Any]
 @functools.partial(jax.jit, static_argnames=("config",))
 def encode(params: Params | UniZero, observation: Any, *, config: WorldModelConfig) -> jax.Array:
     """Observations [B, observation_size] to latents [B, E]."""
-    return unizero.encode(unizero.fold(params, config=config), observation, config=config)
+    return unizero.encode(folding.fold(params, config=config), observation, config=config)
 
 
 def host_search(

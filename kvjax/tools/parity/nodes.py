@@ -18,8 +18,8 @@ from kvjax.config import WorldModelConfig
 from kvjax.mcts.inference import Inference, initial_inference, recurrent_inference
 from kvjax.model import step
 from kvjax.model.contexts import init_contexts
+from kvjax.model.folding import UniZero, prepare
 from kvjax.model.step import Prediction
-from kvjax.model.unizero import UniZero, prepare
 from kvjax.model.world_model import Params
 from kvjax.ops import support
 from kvjax.ops.window import Window
