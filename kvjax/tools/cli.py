@@ -30,8 +30,11 @@ from kvjax.tools.play_command import DEFAULT_AGENT
 from kvjax.tools.routes import ROUTES
 
 LIGHTZERO = ".pth.tar"
-BENCHMARKS = ("search", "ops", "bridge", "exactness", "weights")
-"""Modules of `kvjax.tools.bench`."""
+BENCHMARKS = ("search", "ops", "bridge", "exactness", "weights", "all")
+"""Modules of `kvjax.tools.bench`, and all of them."""
+
+_OF_ONE = {"plot": "exactness", "devices": "search", "output": "all", "into": "all"}
+"""Options that belong to one benchmark."""
 
 _USER_ERRORS = (ValueError, OSError, ImportError, MemoryError)
 _TOLD_BY_JAX = ("RESOURCE_EXHAUSTED", "Unable to initialize backend")
@@ -134,6 +137,12 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--only", default="", metavar="SUBSTRING", help="e.g. embed=64,envs=8")
     bench.add_argument(
         "--devices", type=int, metavar="N", help="search: kvjax on N devices; a CPU is divided"
+    )
+    bench.add_argument(
+        "--output", metavar="DIR", help="all: what it measures and draws, row by row"
+    )
+    bench.add_argument(
+        "--into", action="append", metavar="FILE.md", help="all: writes its marked tables anew"
     )
     bench.add_argument("--plot", metavar="PATH", help="exactness: also draw the errors")
     return parser
@@ -255,13 +264,12 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    if args.plot and args.what != "exactness":
-        raise ValueError(f"--plot belongs to bench exactness, not to bench {args.what}")
-    if args.devices is not None and args.what != "search":
-        raise ValueError(f"--devices belongs to bench search, not to bench {args.what}")
-    more = {name: getattr(args, name) for name in ("plot", "devices")}
-    more = {name: value for name, value in more.items() if value is not None}
-    run = importlib.import_module(f"kvjax.tools.bench.{args.what}").run
+    more = {name: getattr(args, name) for name in _OF_ONE if getattr(args, name) is not None}
+    for name in more:
+        if args.what != _OF_ONE[name]:
+            raise ValueError(f"--{name} belongs to bench {_OF_ONE[name]}, not to bench {args.what}")
+    module = "everything" if args.what == "all" else args.what
+    run = importlib.import_module(f"kvjax.tools.bench.{module}").run
     rows: list[dict[str, Any]] = []
     _measured.append(lambda: _print_result(args, {"rows": rows, "complete": False}))
     with progress_bar() as bar:
@@ -281,6 +289,10 @@ def _print_result(args: argparse.Namespace, result: dict[str, Any]) -> None:
     complete = result.get("complete", True)
     if args.json and (complete or result["rows"]):
         print_json(result)
+        return
+    for part, found in result.get("parts", {}).items():
+        print_rows(f"kvjax bench {part}", found["rows"])
+    if "parts" in result:
         return
     if result["rows"]:
         print_rows(f"kvjax bench {args.what}", result["rows"])

@@ -1,9 +1,13 @@
 """What all benchmarks share: cases that are chosen by their labels and measured row by row."""
 
+import functools
 import importlib.metadata
 import os
 import platform
+import re
+import subprocess
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -12,6 +16,32 @@ Progress = Callable[[float, str], None]
 """Is told the share that is done, and what is measured next."""
 
 _PACKAGES = ("kvjax", "jax", "jaxlib", "flax", "mctx", "numpy", "torch", "LightZero")
+
+
+class KeptRows(list[Row]):
+    """Rows, of which those that were measured before are not measured again.
+
+    Attributes:
+      kept: `rows` by label, and `extras` by name.
+      keep: is called after each that is new.
+    """
+
+    def __init__(self, kept: dict[str, dict[str, Any]], keep: Callable[[], None]) -> None:
+        super().__init__()
+        self.kept, self.keep = kept, keep
+
+    def once(self, kind: str, label: str, measure: Callable[[], T]) -> T:
+        """What was measured under this label, now or before."""
+        known = self.kept.setdefault(kind, {})
+        if label not in known:
+            known[label] = measure()
+            self.keep()
+        found: T = known[label]
+        return found
+
+
+def _once(rows: list[Row], kind: str, label: str, measure: Callable[[], T]) -> T:
+    return rows.once(kind, label, measure) if isinstance(rows, KeptRows) else measure()
 
 
 def choose(
@@ -51,7 +81,8 @@ def measured(
     Args:
       cases: by label.
       row: measures one; is given a `Progress` of that row.
-      rows: where rows are added as they are measured.
+      rows: where rows are added as they are measured; if they are `KeptRows`, those that it has are
+        not measured.
 
     Returns:
       The fields of `--json`: machine, versions, rows, and the extras by name.
@@ -64,18 +95,32 @@ def measured(
             progress((index + share) / total, f"{label}: {text}")
 
         tell(0.0, "building")
-        rows.append(row(case, tell))
+        rows.append(_once(rows, "rows", label, functools.partial(row, case, tell)))
     result = {"machine": machine(), "versions": versions(), "rows": rows}
     for index, (name, measure) in enumerate(extras.items(), len(cases)):
         progress(index / total, name)
-        result[name] = measure()
+        result[name] = _once(rows, "extras", name, measure)
     progress(1.0, "done")
     return result
 
 
 def machine() -> dict[str, Any]:
     """The hardware as far as it matters to a ratio."""
-    return {"platform": platform.platform(), "cpus": os.cpu_count(), "arch": platform.machine()}
+    about = {"platform": platform.platform(), "cpus": os.cpu_count(), "arch": platform.machine()}
+    info = Path("/proc/cpuinfo")
+    told = re.search(r"^model name\s*: (.*)$", info.read_text(), re.M) if info.exists() else None
+    return about | ({"cpu": told[1]} if told else {})
+
+
+def commit() -> str | None:
+    """The commit of kvjax's own repository, with "-dirty" behind one that was changed."""
+    folder = Path(__file__).parent
+    command = ("git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40")
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
 
 
 def versions() -> dict[str, str]:

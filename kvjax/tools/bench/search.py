@@ -8,7 +8,7 @@ weights, step after step of an episode, so that windows are as full as in play.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -65,12 +65,16 @@ def run(
     progress: Progress = lambda share, text: None,
     rows: list[Row] | None = None,
     devices: int = 1,
+    cases: Sequence[Case] | None = None,
 ) -> dict[str, Any]:
     """Measures every case whose label contains all comma-separated parts of `only`.
 
     Rows are added to `rows` as they are measured. A row of bfloat16 matrices has kvjax's time with
     float32 ones, measured in turn with it, as `float32_ms`; its floor multiplies bfloat16 too. On
     several devices kvjax alone searches on them.
+
+    Args:
+      cases: `CASES` by default.
 
     Returns:
       The fields of `--json`: machine, versions, one row per case, and `growth` where `only` is
@@ -80,10 +84,10 @@ def run(
       ValueError: no case fits `only`.
     """
     mesh_of(devices)  # before anything is computed
-    every = (dataclasses.replace(case, devices=devices) for case in CASES)
-    cases = choose(every, only, _GROWTH)
-    extras = {_GROWTH: growth} if only in ("", _GROWTH) else {}
-    return measured(cases, _row, progress=progress, rows=rows, **extras)
+    every = (dataclasses.replace(case, devices=devices) for case in cases or CASES)
+    chosen = choose(every, only, _GROWTH)
+    extras = {_GROWTH: growth} if cases is None and only in ("", _GROWTH) else {}
+    return measured(chosen, _row, progress=progress, rows=rows, **extras)
 
 
 def growth() -> list[Row]:
