@@ -185,8 +185,8 @@ def set_config(arrays, **changes):
         (lambda a: set_config(a, ctx=7), "context_length must be even"),
         (lambda a: set_config(a, ctx=2), "context_length must be at least 4"),
         (lambda a: set_config(a, heads=5), "num_heads must divide embed_dim 64, got 5"),
-        (lambda a: set_config(a, envs=4), r"step0/action has shape \(3,\), expected \(4,\)"),
-        (lambda a: set_config(a, steps=9), "step8/action is missing"),
+        (lambda a: set_config(a, envs=4), r"step0/timestep has shape \(3,\), expected \(4,\)"),
+        (lambda a: set_config(a, steps=9), "step8/timestep is missing"),
         (lambda a: set_config(a, rebuild=True, reset=True), "rebuild and reset exclude each"),
         (lambda a: set_config(a, rope=True), '"rope_lightzero" excludes learned positions'),
         (
