@@ -257,10 +257,17 @@ def noisy_answers(params, contexts, observation, action, as_searched=lambda x: x
         search(params, key, contexts, *map(as_searched, (observation, action)), search=NOISY),
         replay(params, contexts, observation, action),
         mix(WEIGHTS, key, observation, search=MIX_NOISY, return_tree=True),
-        mix(0 * WEIGHTS, key, observation, search=MIX_NOISY, return_tree=True),  # ties
-        mix(0 * WEIGHTS, key, observation, search=dataclasses.replace(GUMBEL, noise_fraction=1.0)),
-        mix(WEIGHTS, key, observation, DRAWING, search=dataclasses.replace(THREE, max_depth=2)),
         search(params, key, contexts, observation, action, config=DRAWN, search=WARM),
+        *(more_noisy_answers(key, observation) if FULL else ()),
+    )
+
+
+def more_noisy_answers(key, observation):
+    loud = dataclasses.replace(GUMBEL, noise_fraction=1.0)
+    return (
+        mix(0 * WEIGHTS, key, observation, search=MIX_NOISY, return_tree=True),  # ties
+        mix(0 * WEIGHTS, key, observation, search=loud),
+        mix(WEIGHTS, key, observation, DRAWING, search=dataclasses.replace(THREE, max_depth=2)),
     )
 
 

@@ -4,6 +4,7 @@ import itertools
 from pathlib import Path
 
 import pytest
+from conftest import in_full
 
 from kvjax.tools.bench import lightzero_020
 
@@ -16,6 +17,7 @@ GUARD = 'import warnings; warnings.simplefilter("default")'
 LIGHTZERO = "03_lightzero.ipynb"  # runs the real one
 VARIES = "varies"  # a tag of cells whose output depends on the machine
 EXACT = "01_windows.ipynb"  # outputs are the same on every machine
+LONG = {"04_exactness.ipynb", "05_from_mctx.ipynb", "06_learning.ipynb"}
 
 
 def read(name):
@@ -64,7 +66,7 @@ def test_outputs_are_kept_and_cells_are_short(name):
     assert sum(bool(cell.outputs) for cell in cells) >= 5
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [x for x in NAMES if x not in LONG] + [*in_full(*sorted(LONG))])
 @pytest.mark.filterwarnings("default")  # those of the notebook's client; the kernel's are checked
 def test_runs(name, monkeypatch):
     if name == LIGHTZERO and not lightzero_020.available():

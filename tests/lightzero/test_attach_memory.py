@@ -5,6 +5,7 @@ import copy
 import jax
 import numpy as np
 import pytest
+from conftest import in_full
 from test_attach import pair, pytestmark
 from torch_models import SMALL, Driver, difference
 
@@ -80,7 +81,7 @@ def test_memory_that_nobody_keeps_is_used_again():
     assert place() != before
 
 
-@pytest.mark.parametrize("look", ["arrays", "borrow", "share", "no jit"])
+@pytest.mark.parametrize("look", ["arrays", "borrow", "share", *in_full("no jit")])
 def test_others_may_look_at_memory(look):
     """A report of all arrays, a loan, a queue between processes; and a search without jit."""
     ours, theirs, _ = drivers()

@@ -13,7 +13,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # LightZero's own
 ]
 
-NAMES = ["cartpole_unizero", "pendulum_cont_sampled_unizero"]
+NAMES = ["cartpole_unizero"]
 if os.environ.get("KVJAX_FULL"):
     NAMES = sorted(building.files())
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import SMALL, in_full, random_params, with_mode
+from conftest import FULL, SMALL, in_full, random_params, with_mode
 from subtree_oracle import Searcher
 
 from kvjax import SearchConfig, init_contexts, init_kept
@@ -73,7 +73,7 @@ def test_equals_plain_python(mode, context_length, options):
     assert (total[1:, 2] > simulations).any()
 
 
-@pytest.mark.optimised  # equal bits of two programs
+@pytest.mark.skipif(not FULL, reason="equal bits of two programs: optimised, 12 s")
 def test_a_first_search_is_the_one_that_keeps_nothing():
     observation, restart = observations(1, 3)[0], np.full(3, -1)
     off = dataclasses.replace(KEEPING, kept_nodes=0)

@@ -77,13 +77,12 @@ def window_search(params, window, policy, timestep, config, search_config):
 
 
 MODES = (
-    ("learned", 8),
     ("learned", 64),
-    ("rope_lightzero", 8),
     ("rope_consistent", 4),
     ("rebuild", 20),
     ("reset", 4),
-    *in_full(("learned", 4), ("learned", 20), ("rebuild", 8), ("reset", 8)),
+    *in_full(*(("learned", length) for length in (4, 8, 20))),
+    *in_full(("rope_lightzero", 8), ("rebuild", 8), ("reset", 8)),
 )
 
 

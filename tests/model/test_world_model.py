@@ -11,7 +11,7 @@ import numpy as np
 import one_row
 import oracle
 import pytest
-from conftest import SMALL, random_params
+from conftest import SMALL, in_full, random_params
 
 from kvjax.config import WorldModelConfig
 from kvjax.model import step
@@ -119,7 +119,7 @@ def test_slide_adds_the_projected_difference_of_positions():
 
 
 @LAYOUTS
-@pytest.mark.parametrize("jit", [True, False])
+@pytest.mark.parametrize("jit", [True, *in_full(False)])
 def test_batch_row_equals_row_alone_at_unequal_lengths(config, jit):
     params = random_params(config)
     steps = one_row.recurrent_step, one_row.root_step

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from conftest import FULL
 
 from kvjax.tools import cli
 from kvjax.tools.bench import everything, render, rows, weights
@@ -161,6 +162,7 @@ def test_cases_of_the_series_are_no_rows_of_the_search():
     assert all(isinstance(case, Case) for case in everything.SERIES)
 
 
+@pytest.mark.skipif(not FULL, reason="plays an agent four times")
 def test_weights(monkeypatch):
     """The same agent twice: how alike it plays, and what a difference is."""
     monkeypatch.setattr(weights, "EPISODES", 3)

@@ -33,7 +33,7 @@ def test_without_context_the_masked_agent_cannot_balance(capsys):
 
 
 def test_the_unmasked_agent_needs_no_context(capsys):
-    arguments = ("play", "cartpole", "--json", "--seed", 1000, "--episodes", 2)
+    arguments = ("play", "cartpole", "--json", "--seed", 1000, "--episodes", 1)
     for flags in ((), ("--no-context",)):
         code, out, _ = run(capsys, *arguments, *flags)
         assert code == 0
