@@ -13,6 +13,7 @@ import io
 import logging
 import runpy
 import sys
+import tempfile
 import types
 import warnings
 from pathlib import Path
@@ -73,7 +74,8 @@ class Captured(Exception):  # noqa: N818
 def files():
     """The configurations of the LightZero that is imported, by name."""
     (root,) = importlib.import_module("zoo").__path__
-    found = {path for kind in ("*unizero*.py", "*_suz_*.py") for path in Path(root).rglob(kind)}
+    root, kinds = Path(root).resolve(), ("*unizero*.py", "*_suz_*.py")
+    found = {path for kind in kinds for path in root.rglob(kind)}
     return {
         path.stem.removesuffix("_config"): path
         for path in sorted(found)
@@ -108,6 +110,8 @@ def _trained_by(file):
     entry.__getattr__ = offered
     with contextlib.ExitStack() as stack:
         stack.enter_context(quiet())
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        stack.enter_context(contextlib.chdir(folder))  # some write where they are
         stack.enter_context(mock.patch("ding.utils.DDPContext", contextlib.nullcontext))
         stack.enter_context(_of_objects(patches))
         stack.enter_context(mock.patch.object(sys, "argv", [str(file)]))
