@@ -52,7 +52,9 @@ def table(title, found):
     lines.append("|---" * (2 + len(COLUMNS)) + "|")
     for row in found:
         model = f"{row['model']}; patched: {row['patches']}" if row["patches"] else row["model"]
-        cells = (f"`{row['name']}`", model, *(row[column] for column in COLUMNS))
+        said = [row[column] for column in COLUMNS]
+        said[1:] = ["the same" if x == said[0] else x for x in said[1:]]
+        cells = (f"`{row['name']}`", model, *said)
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 
