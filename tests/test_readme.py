@@ -28,6 +28,8 @@ def test_python_blocks(name, data, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     has_model = any("model.world_model" in block for block in BLOCKS[name])
     names: dict[str, object] = {}
+    if any(".pth.tar" in block for block in BLOCKS[name]):
+        pytest.importorskip("torch")
     if has_model:  # what the reader has
         if not lightzero_020.available():
             pytest.skip("LightZero 0.2.0 is not installed")
