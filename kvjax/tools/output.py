@@ -35,14 +35,38 @@ def print_table(title: str, rows: Mapping[str, str]) -> None:
 
 
 def print_rows(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """A column for each field that a row has; lists are left out."""
+    """A column for each field that a row has, lists left out.
+
+    A screen that is too narrow for it gets a line for each field, in as many tables as it takes.
+    """
     fields = {name: value for row in reversed(rows) for name, value in row.items()}
-    columns = [name for name in {**rows[0], **fields} if not isinstance(fields[name], list)]
-    table = Table(*columns, title=title, title_justify="left")
-    for row in rows:
-        shown = (row.get(name, "") for name in columns)
-        table.add_row(*(f"{v:.3g}" if isinstance(v, float) else str(v) for v in shown))
-    _Output().print(table)
+    names = [name for name in {**rows[0], **fields} if not isinstance(fields[name], list)]
+    cells = [[_shown(row.get(name, "")) for name in names] for row in rows]
+    screen = _Output()
+    endless = screen.options.update_width(10_000)
+
+    def fits(table: Table) -> bool:
+        return screen.measure(table, options=endless).maximum <= screen.width
+
+    def turned(count: int) -> list[Table]:
+        parts = (cells[start : start + count] for start in range(0, len(cells), count))
+        return [_table(title, list(zip(names, *part, strict=True))) for part in parts]
+
+    whole = [_table(title, [names, *cells])]
+    tables = whole, *(turned(count) for count in range(len(cells), 1, -1))
+    for table in next((each for each in tables if all(map(fits, each))), turned(1)):
+        screen.print(table)
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _table(title: str, lines: Sequence[Sequence[str]]) -> Table:
+    table = Table(*lines[0], title=title, title_justify="left")
+    for line in lines[1:]:
+        table.add_row(*line)
+    return table
 
 
 @contextlib.contextmanager
