@@ -257,14 +257,14 @@ def noisy_answers(params, contexts, observation, action, as_searched=lambda x: x
         search(params, key, contexts, *map(as_searched, (observation, action)), search=NOISY),
         replay(params, contexts, observation, action),
         mix(WEIGHTS, key, observation, search=MIX_NOISY, return_tree=True),
-        search(params, key, contexts, observation, action, config=DRAWN, search=WARM),
-        *(more_noisy_answers(key, observation) if FULL else ()),
+        *(more_noisy_answers(params, key, contexts, observation, action) if FULL else ()),
     )
 
 
-def more_noisy_answers(key, observation):
+def more_noisy_answers(params, key, contexts, observation, action):
     loud = dataclasses.replace(GUMBEL, noise_fraction=1.0)
     return (
+        search(params, key, contexts, observation, action, config=DRAWN, search=WARM),
         mix(0 * WEIGHTS, key, observation, search=MIX_NOISY, return_tree=True),  # ties
         mix(0 * WEIGHTS, key, observation, search=loud),
         mix(WEIGHTS, key, observation, DRAWING, search=dataclasses.replace(THREE, max_depth=2)),
@@ -276,7 +276,7 @@ def quiet_answers(params, contexts, observation, action):
         search(params, jax.random.key(0), contexts, observation, action, search=KEEPS),
         replay(params, contexts, observation, action),
     )
-    quiet = (SearchConfig(num_simulations=3, tree="muzero"), GUMBEL)
+    quiet = (GUMBEL, *in_full(SearchConfig(num_simulations=3, tree="muzero")))
     mixed = [mix(WEIGHTS, jax.random.key(0), observation, search=one) for one in quiet]
     return after, dataclasses.replace(out, kept=None), mixed, replayed
 

@@ -18,6 +18,7 @@ def test_a_short_one(capsys):
     assert capsys.readouterr().out.count("simulations") == 2
 
 
+@pytest.mark.skipif(not FULL, reason="compiles a store's steps")
 def test_it_sees_windows_that_outlive_their_weights(monkeypatch):
     stored = soak.Stored(soak.weights(1), "lru")
     monkeypatch.setattr(kvjax, "on_params_update", lambda store, *_, **__: store)

@@ -594,7 +594,7 @@ def in_a_new_process(program):
     return done.stdout.split()
 
 
-@pytest.mark.parametrize("attached", [True, False])
+@pytest.mark.parametrize("attached", [True, *in_full(False)])
 def test_jax_is_set_up_once_a_model_is_attached_and_not_where_that_is_refused(attached):
     """It computes in the caller's thread, and says little."""
     program = f"""

@@ -108,7 +108,7 @@ def test_what_was_just_stored_is_found(config, rows, verify_keys, by_handle):
             assert (stored == row).all(axis=1).any(), "a raw token is not the latent's bits"
 
 
-@settings(max_examples=10, deadline=None, database=None, phases=QUICK)
+@settings(max_examples=max(5, EXAMPLES), deadline=None, database=None, phases=QUICK)
 @given(width=st.integers(1, 128).map(lambda eighths: 8 * eighths), rows=st.integers(1, 9))
 def test_a_number_that_is_computed_once_has_the_same_bits_for_its_key(width, rows):
     """A LayerNorm of any width; where it is not computed once, most widths above 64 differ."""

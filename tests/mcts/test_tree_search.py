@@ -260,7 +260,7 @@ def test_own_tokens_search_as_windows_do(tree):
 
 
 @pytest.mark.parametrize(
-    "mode", ["learned", "rope_lightzero", *in_full("rope_consistent", "reset")]
+    "mode", ["learned", *in_full("rope_lightzero", "rope_consistent", "reset")]
 )
 def test_windows_read_in_place(mode, monkeypatch):
     """The same search as with copied windows: short, full and slid ones, with what was kept."""

@@ -172,7 +172,6 @@ def test_a_row_of_bfloat16(monkeypatch, no_lightzero):
     assert (row["dtype"], row["kvjax_ms"], row["float32_ms"]) == ("bfloat16", 1, 4)
 
 
-@pytest.mark.optimised
 def test_windows_are_full_and_memory_is_small(no_lightzero):
     """A long context: whole windows per node take many times what own tokens take."""
     case = dataclasses.replace(TINY, embed=64, heads=8, context=64, envs=8, simulations=200)

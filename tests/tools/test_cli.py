@@ -5,6 +5,7 @@ import os
 import sys
 
 import pytest
+from conftest import FULL
 
 from kvjax.tools import cli, play
 
@@ -32,6 +33,7 @@ def test_without_context_the_masked_agent_cannot_balance(capsys):
     assert json.loads(out)["mean_return"] < 80
 
 
+@pytest.mark.skipif(not FULL, reason="another agent is compiled")
 def test_the_unmasked_agent_needs_no_context(capsys):
     arguments = ("play", "cartpole", "--json", "--seed", 1000, "--episodes", 1)
     for flags in ((), ("--no-context",)):

@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+from conftest import FULL
 
 from kvjax.config import EnvironmentConfig, SearchConfig
 from kvjax.tools.play import play
@@ -43,6 +44,7 @@ def test_both_routes_play_alike(masked_agent):
     assert returns(masked_agent, 3, route="store") == returns(masked_agent, 3, route="tree")
 
 
+@pytest.mark.skipif(not FULL, reason="another tree is compiled")
 def test_mctx_plays_as_well(masked_agent):
     """MuZero's policy of mctx, with a window per node and values scaled over the whole tree."""
     config = SearchConfig(num_simulations=25, tree="muzero")
