@@ -1,10 +1,13 @@
-"""Draws `docs/learning.png`: returns while kvjax learns, and while LightZero does.
+r"""Draws `docs/learning.png`: returns while kvjax learns, and while LightZero does.
 
 for seed in 0 1 2 3 4; do kvjax train --env cartpole_masked --seed $seed --output poles$seed; done
-python examples/train_masked_cartpole.py --only original --seeds 0 > lightzero0.json
+for seed in 0 2; do
+    python examples/train_masked_cartpole.py --only original --seeds $seed > lightzero$seed.json
+done
 for seed in 0 1 2; do kvjax train --env tmaze --seed $seed --output maze$seed; done
-kvjax train --env tmaze --output blind --set context_length=4 --max-env-steps 8000
-python docs/draw_learning.py --poles poles? --lightzero lightzero0.json --maze maze? --blind blind
+kvjax train --env tmaze --output blind --set context_length=4 --set seek_start=0 \
+    --max-env-steps 8000
+python docs/draw_learning.py --poles poles? --lightzero lightzero?.json --maze maze? --blind blind
 """
 
 import argparse
@@ -59,6 +62,7 @@ def draw(poles, maze):
                 label = name if index == 0 else None
                 axis.plot(steps, returns, color=color, linewidth=1, label=label)
                 axis.plot(steps[-1:], returns[-1:], color=color, marker="o", markersize=3)
+        axis.locator_params(axis="x", nbins=6)
         axis.axhline(solved, color="grey", linewidth=0.5)
         axis.set(title=title, xlabel="environment steps", ylabel="mean return")
         axis.legend(fontsize="small", loc="lower right")
