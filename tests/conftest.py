@@ -47,7 +47,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the backg
 jax.devices()  # starts jax before any test can set how calls are dispatched
 
 DATA = HERE / "data"
-MOST_MEMORY, MOST_MAPPINGS = 1.7 * 2**30, 15_000
+MOST_MEMORY, MOST_MAPPINGS = 1.9 * 2**30, 30_000
 """A process may have 65,530 mappings, and each compiled program takes some, and memory."""
 
 

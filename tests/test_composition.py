@@ -191,7 +191,7 @@ def one_step(params, rng, before):
 alone_step = quick(one_step)
 
 
-@pytest.mark.parametrize("over", ["params", "seeds", "contexts"])
+@pytest.mark.parametrize("over", ["params", *in_full("seeds", "contexts")])
 def test_vmap(over):
     """Two at once equal each alone."""
     other = random_params(TINY, seed=1)

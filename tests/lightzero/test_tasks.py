@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import DATA, SMALL, random_params
+from conftest import DATA, SMALL, in_full, random_params
 
 from kvjax import lightzero
 from kvjax.lightzero.checkpoint import described, tasks
@@ -55,7 +55,9 @@ def differ(one, other):
     return [not np.array_equal(a, b) for a, b in zip(leaves(one), leaves(other), strict=True)]
 
 
-@pytest.mark.parametrize(("name", "route"), [*((name, "tree") for name in NAMES), ("add", "store")])
+@pytest.mark.parametrize(
+    ("name", "route"), [*((name, "tree") for name in NAMES), *in_full(("add", "store"))]
+)
 def test_lightzeros_answers(name, route):
     """Roots, nodes at several depths and windows that slide, all with the task's embedding."""
     report = verify.verify(path(name), route=route, tolerance=1e-5)

@@ -126,10 +126,10 @@ def test_one_compilation_over_an_episode_with_restarts():
 
 
 def test_jit_equals_no_jit():
-    two = SearchConfig(num_simulations=2)
+    once = SearchConfig(num_simulations=1)
     first, second = observations(2, 2)[:, None]
-    contexts, _ = run(first, [np.full(2, -1)], search_config=two)
-    step = functools.partial(run, second, np.array([[1, -1]]), search_config=two)
+    contexts, _ = run(first, [np.full(2, -1)], search_config=once)
+    step = functools.partial(run, second, np.array([[1, -1]]), search_config=once)
     jitted = step(contexts=contexts)
     with jax.disable_jit():
         plain = step(contexts=contexts)

@@ -19,8 +19,8 @@ PARAMS = random_params(SMALL)
 KEEPING = SearchConfig(num_simulations=12, kept_nodes=20, discount=0.9)
 CASES = (
     ("learned", 4, {"kept_nodes": 4}),
-    ("rope_lightzero", 8, {"kept_nodes": 6}),
     ("rebuild", 8, {}),
+    *in_full(("rope_lightzero", 8, {"kept_nodes": 6})),
     *in_full(("learned", 8, {}), ("reset", 8, {"max_depth": 3})),
 )
 

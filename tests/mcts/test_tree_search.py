@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import mctx
 import numpy as np
 import pytest
-from conftest import SMALL, in_full, random_params, with_mode
+from conftest import FULL, SMALL, in_full, random_params, with_mode
 from flax import serialization
 from jax import export
 
@@ -103,9 +103,9 @@ def roots(seed, rows=ROWS):
 @pytest.mark.parametrize(
     ("transform", "legal", "masked", "max_depth", "noise", "temperature"),
     [
-        *in_full(("siblings", False, False, None, 0.25, 1.0)),
         ("mix_value", True, False, 4, 0.25, 0.5),
-        ("siblings", True, True, None, 0.0, 0.0),
+        *in_full(("siblings", False, False, None, 0.25, 1.0)),
+        *in_full(("siblings", True, True, None, 0.0, 0.0)),
     ],
 )
 def test_the_trees_of_mctx(tree, transform, legal, masked, max_depth, noise, temperature):
@@ -728,6 +728,7 @@ def test_other_bad_input():
     assert isinstance(Node, type)
 
 
+@pytest.mark.skipif(not FULL, reason="four devices are tried in test_composition.py")
 def test_roots_on_a_mesh_with_explicit_axes():
     """The model's step is asked as on any other: its own gathers need not say how they lie."""
     mesh = jax.make_mesh((1,), ("d",), axis_types=(jax.sharding.AxisType.Explicit,))
