@@ -50,13 +50,16 @@ def table(title, found):
     """A release's rows in Markdown."""
     lines = [f"\n## {title}\n", "| configuration | model | " + " | ".join(COLUMNS) + " |"]
     lines.append("|---" * (2 + len(COLUMNS)) + "|")
+    words = [row[column] for row in found for column in COLUMNS]
+    refusals = list(dict.fromkeys(x for x in words if x.startswith("refused: ")))
     for row in found:
         model = f"{row['model']}; patched: {row['patches']}" if row["patches"] else row["model"]
         said = [row[column] for column in COLUMNS]
-        said[1:] = ["the same" if x == said[0] else x for x in said[1:]]
+        said = [f"refused, {refusals.index(x) + 1}" if x in refusals else x for x in said]
         cells = (f"`{row['name']}`", model, *said)
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(lines) + "\n"
+    notes = [f"{i}. {x.removeprefix('refused: ')}" for i, x in enumerate(refusals, 1)]
+    return "\n".join([*lines, "", *notes]).rstrip() + "\n"
 
 
 def summary(found):
