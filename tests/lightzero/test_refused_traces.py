@@ -4,6 +4,7 @@ import functools
 import io
 import json
 import os
+import re
 import struct
 import zipfile
 
@@ -183,14 +184,15 @@ def test_episodes_of_different_sizes(read):
 
 def test_a_large_replay_is_told_its_size(read, monkeypatch):
     """33 windows of 8 tokens with two layers of 64 numbers, keys and values, four bytes each."""
+    trees, episodes = good("trees"), good("episodes")  # the data's files are larger
     monkeypatch.setattr(npz, "MOST_BYTES", 33 * 8 * 2 * 2 * 64 * 4 - 1)
     told = "33 windows of 8 tokens are too large: 270,336 bytes, .* at most 270,335"
     with pytest.raises(ValueError, match=told):
         read("world model", good("world model"))
     monkeypatch.setattr(npz, "MOST_BYTES", 4 * (9 * 3 + 9 * 2) * (3 + 2) - 1)
     with pytest.raises(ValueError, match="2 trees of up to 9 nodes are too large: 900 bytes"):
-        verify_trees._check_size("trace", read("trees", good("trees")))
-    trace = read("episodes", good("episodes"))
+        verify_trees._check_size("trace", read("trees", trees))
+    trace = read("episodes", episodes)
     monkeypatch.setattr(npz, "MOST_BYTES", 26 * 8 * 2 * 2 * 64 * 4 - 1)
     with pytest.raises(ValueError, match="26 nodes with 8 tokens are too large: 212,992 bytes"):
         verify_episodes._read_player("trace", trace, "cartpole_masked")
@@ -342,6 +344,19 @@ def test_arrays_come_as_numpy_reads_them(tmp_path):
         for name, array in arrays.items():
             np.testing.assert_array_equal(found[name], array)
             assert found[name].dtype == array.dtype.newbyteorder("=")
+
+
+def test_an_entry_of_the_directory_that_swallows_the_next_one(tmp_path):
+    """By what it claims for its comment's length; zipfile does not count what it lists."""
+    path = tmp_path / "t.npz"
+    np.savez(path, a=np.zeros(2), b=np.ones(3), c=np.ones(1))
+    content = bytearray(path.read_bytes())
+    first, second, third = (m.start() for m in re.finditer(b"PK\x01\x02", content))
+    content[first + 32 : first + 34] = (third - second).to_bytes(2, "little")
+    path.write_bytes(content)
+    assert set(np.load(path).files) == {"a", "c"}
+    with pytest.raises(ValueError, match="its directory claims 3 members and lists 2"):
+        npz.read_arrays(path)
 
 
 @pytest.mark.parametrize("kind", READERS)

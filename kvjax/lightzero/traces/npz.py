@@ -8,7 +8,7 @@ import io
 import math
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -22,6 +22,10 @@ _COMPRESSIONS = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: 1032}
 
 _SLACK = 64  # bytes, by which a small member may exceed that
 _ENCRYPTED = 1  # flag of a member
+_END_SIZE, _COUNT = 22, slice(10, 12)
+"""Bytes of the record at a zip's end, and those of them that say how many members there are."""
+
+_MOST_COUNTED = 0xFFFF  # in them; more members are counted elsewhere
 _SUFFIX = ".npy"
 _KINDS = "biufcSU"  # numbers and text; no objects, records or dates
 _HEADERS = {
@@ -46,6 +50,7 @@ def read_arrays(path: str | Path) -> dict[str, Array]:
         )
     try:
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+            _check_count(file, archive)
             _check_sizes(archive.infolist(), path.stat().st_size)
             return _arrays(archive)
     except PermissionError:
@@ -61,6 +66,15 @@ def check_bytes(what: str, num_bytes: int) -> None:
         raise ValueError(
             f"{what}: {num_bytes:,} bytes, kvjax reads traces of at most {MOST_BYTES:,}"
         )
+
+
+def _check_count(file: BinaryIO, archive: zipfile.ZipFile) -> None:
+    """Refuses a directory in which a damaged entry has swallowed others: zipfile does not count."""
+    file.seek(-_END_SIZE - len(archive.comment), io.SEEK_END)
+    claimed = int.from_bytes(file.read(_END_SIZE)[_COUNT], "little")
+    found = len(archive.infolist())
+    if claimed != min(found, _MOST_COUNTED):
+        raise ValueError(f"its directory claims {claimed} members and lists {found}")
 
 
 def _check_sizes(members: list[zipfile.ZipInfo], held: int) -> None:
