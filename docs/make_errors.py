@@ -106,7 +106,7 @@ def tidy(message: str) -> str:
     """One line that fits into a table and names no folder of this machine, and no commit."""
     message = message.replace(f"{ROOT}/", "")
     message = re.sub(r"\S*" + re.escape(tempfile.gettempdir()) + r"/\S*/", "", message)
-    message = re.sub(r"\b[0-9a-f]{40}(-dirty)?", "1f4eb03...", message)
+    message = re.sub(r"commit [0-9a-f]{40}(-dirty)?", "commit 1f4eb03", message)
     message = " ".join(message.split()).replace("|", "\\|").replace("<", "&lt;")
     return message if len(message) <= MAX_MESSAGE else f"{message[:MAX_MESSAGE]} ..."
 
